@@ -1,0 +1,18 @@
+"""Attach to a model, publish its context, install controls and take them off."""
+
+from diffctrl.control.context import Context, Rows
+from diffctrl.control.control import Contributions, Control, Guidance
+from diffctrl.control.install import ControlHandle, apply, attach, set_attn_processor, summary
+
+__all__ = [
+    "Context",
+    "Contributions",
+    "Control",
+    "ControlHandle",
+    "Guidance",
+    "Rows",
+    "apply",
+    "attach",
+    "set_attn_processor",
+    "summary",
+]

@@ -1,0 +1,111 @@
+"""What a control is: the part of a method that acts between a family and the engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from diffctrl.attention import BlockLists
+from diffctrl.control.context import Context
+from diffctrl.families.base import Call, Site
+
+_keys = itertools.count()
+
+
+class Guidance(Protocol):
+    """A method that steers with a perturbed twin of the conditional rows, run in the same batch."""
+
+    def active(self, context: Context) -> bool:
+        """Whether this step is guided; outside, no twin is run."""
+        ...
+
+    def delta(self, cond: Tensor, perturbed: Tensor) -> Tensor:
+        """What is added to the predictions, from the two predictions of the same shape; float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Contributions:
+    """What a control changes, so that two of them can be checked before anything is installed."""
+
+    reorders: bool = False
+    masks: bool = False
+    precision: bool = False
+    output: bool = False
+    guides: bool = False
+
+
+class Control:
+    """Base of every method's processor. All hooks are optional; none may write to `self` or edit an input in place."""
+
+    method: ClassVar[str]
+    contributes: ClassVar[Contributions] = Contributions()
+    families: ClassVar[tuple[str, ...] | None] = None  # None: every family
+
+    def __init__(self) -> None:
+        self.key = f"{self.method}-{next(_keys)}"
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """The twin guidance of this control, or None."""
+        return None
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise where this control cannot work on a model with these sites; called before installing."""
+
+    def acts_on(self, site: Site) -> bool:
+        """Whether this method concerns attention of this kind; at other sites the stock processor runs."""
+        return site.kind in ("joint", "self")
+
+    def select(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites that `apply` puts this control on; the others keep their stock processor object."""
+        return [site for site in sites if self.acts_on(site)]
+
+    def prepare(self, context: Context, previous: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Build what the sites need for this forward, outside compiled code. `previous` is what it last returned.
+
+        Returning None means that the control rests in this forward.
+        """
+        return None
+
+    def transform_inputs(self, site: Site, call: Call) -> Call:
+        """Change queries, keys and values."""
+        return call
+
+    def block_mask(self, site: Site, call: Call) -> BlockLists | None:
+        """The blocks that this site attends, or None for all."""
+        return None
+
+    def transform_output(self, site: Site, call: Call, output: Tensor) -> Tensor:
+        """Change the attention output (B, S, H, D), before heads are merged and projected."""
+        return output
+
+    def describe(self) -> str:
+        """One line for `diffctrl.summary`."""
+        return self.method
+
+
+def check_composition(controls: Sequence[Control]) -> None:
+    """Refuse lists of controls whose contributions cannot be combined.
+
+    Raises:
+        ValueError: with the two names and the reason.
+    """
+    reasons = {
+        "reorders": "both reorder tokens, and the second would see the first one's order",
+        "precision": "both choose the kernel's precision",
+        "guides": "both append a perturbed twin of the conditional rows to the batch",
+    }
+    for first, second in itertools.combinations(controls, 2):
+        if first.method == second.method:
+            raise ValueError(
+                f"{first.method} and {second.method} cannot be combined: one control per method; put both "
+                "settings into one processor"
+            )
+        for name, reason in reasons.items():
+            if getattr(first.contributes, name) and getattr(second.contributes, name):
+                raise ValueError(f"{first.method} and {second.method} cannot be combined: {reason}")

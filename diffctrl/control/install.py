@@ -1,0 +1,239 @@
+"""Install controls on a model, and take them off again: `apply`, `attach`, `set_attn_processor`, `summary`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from diffctrl.control.context import BatchLayout, Context
+from diffctrl.control.control import Control, check_composition
+from diffctrl.control.hooks import ContextHook
+from diffctrl.families import Site, family_of
+
+_SITE = "diffctrl_site"
+# The denoisers of diffusers' pipelines, in the order in which they run.
+_DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+def denoisers(target: Any) -> dict[str, nn.Module]:
+    """The controllable models of a pipeline or a bare model, by component name.
+
+    Raises:
+        TypeError: the target is neither.
+    """
+    if isinstance(target, nn.Module):
+        target = getattr(target, "_orig_mod", target)
+        return {type(target).__name__: target}
+    found = {}
+    for name in _DENOISERS:
+        model = getattr(target, name, None)
+        if isinstance(model, nn.Module):
+            found[name] = getattr(model, "_orig_mod", model)
+    if not found:
+        raise TypeError(
+            f"diffctrl cannot control a {type(target).__name__}: pass a diffusers pipeline with one of "
+            f"{', '.join(_DENOISERS)}, or a bare transformer or UNet"
+        )
+    return found
+
+
+class _Attachment:
+    """One model with its sites and context hook; removes exactly what it added."""
+
+    def __init__(
+        self, name: str, model: nn.Module, pipe: Any, scheduler: Any, batch_layout: BatchLayout | None
+    ) -> None:
+        if any(hasattr(module, _SITE) for module in model.modules()):
+            raise RuntimeError(
+                f"{name} is already under a control; call `.remove()` on its handle before applying another, or "
+                "pass all processors in one list"
+            )
+        self.name, self.model = name, model
+        self.family = family_of(model)
+        self.sites: list[Site] = self.family.sites(model)
+        self.context = Context(name, {site.name: site for site in self.sites})
+        self._hook = ContextHook(self.family, self.sites, self.context, pipe, scheduler, batch_layout)
+        self._installed: list[tuple[Site, Any]] = []
+
+    def open(self) -> None:
+        for site in self.sites:
+            site.context = self.context
+            setattr(site.module, _SITE, site)
+        self._hook.register(self.model)
+
+    def install(self, processor: Any, controls: Sequence[Control]) -> None:
+        selected = {site.name for control in controls for site in control.select(self.sites)}
+        for site in self.sites:
+            if site.name not in selected:
+                continue
+            bound = copy.copy(processor)  # one object per layer, so that a backend can be set per layer
+            for attribute in ("_attention_backend", "_parallel_config"):
+                setattr(bound, attribute, getattr(site.stock, attribute, None))
+            self._installed.append((site, site.module.processor))
+            site.module.processor = bound
+
+    def close(self) -> None:
+        for site, previous in self._installed:
+            site.module.processor = previous
+        self._installed.clear()
+        for site in self.sites:
+            if hasattr(site.module, _SITE):
+                delattr(site.module, _SITE)
+        self._hook.remove()
+
+
+class ControlHandle:
+    """What `apply` and `attach` return: statistics, and the way back. Also a context manager."""
+
+    def __init__(self, attachments: list[_Attachment], controls: Sequence[Control]) -> None:
+        self._attachments = attachments
+        self.controls = tuple(controls)
+        self._open = True
+
+    def __enter__(self) -> ControlHandle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._open:
+            self.remove()
+
+    def remove(self) -> None:
+        """Put the same processor objects back and take the hooks off.
+
+        Raises:
+            RuntimeError: it was removed before.
+        """
+        if not self._open:
+            raise RuntimeError("this control was removed before; `diffctrl.apply` again for a new one")
+        self._open = False
+        for attachment in self._attachments:
+            attachment.close()
+
+    @property
+    def contexts(self) -> dict[str, Context]:
+        """The context of each controlled model, by component name."""
+        return {attachment.name: attachment.context for attachment in self._attachments}
+
+    def stats(self) -> dict[str, Any]:
+        """Per model: sites under control, forwards, twin forwards, and what the engine ran."""
+        return {
+            attachment.name: {
+                "family": attachment.family.name,
+                "controls": [control.describe() for control in self.controls],
+                "sites": len(attachment.sites),
+                "controlled": len(attachment._installed),
+                "forwards": attachment.context.forwards,
+                "guided_forwards": attachment.context.twin_forwards,
+                **attachment.context.stats.as_dict(),
+            }
+            for attachment in self._attachments
+        }
+
+
+def _open(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> list[_Attachment]:
+    pipe = None if isinstance(target, nn.Module) else target
+    scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
+    return [
+        _Attachment(name, model, pipe, scheduler, batch_layout) for name, model in denoisers(target).items()
+    ]
+
+
+def attach(target: Any, *, scheduler: Any = None, batch_layout: BatchLayout | None = None) -> ControlHandle:
+    """Publish the context of every forward, so that `model.set_attn_processor(...)` works with our processors.
+
+    Args:
+        target: a diffusers pipeline or a bare denoiser.
+        scheduler: where the step index is read; a pipeline's own by default.
+        batch_layout: what the batch rows are; read off the pipeline by default, "cond" for a bare model.
+
+    Raises:
+        TypeError: the model, or a processor that it carries, is not supported.
+        RuntimeError: the model is already under a control.
+    """
+    attachments = _open(target, scheduler, batch_layout)
+    for attachment in attachments:
+        attachment.open()
+    return ControlHandle(attachments, ())
+
+
+def apply(
+    target: Any,
+    processors: Any,
+    *,
+    scheduler: Any = None,
+    batch_layout: BatchLayout | None = None,
+) -> ControlHandle:
+    """Put one or several controls on a pipeline or a bare denoiser.
+
+    Args:
+        target: a diffusers pipeline or a bare transformer or UNet.
+        processors: one processor of `diffctrl.processors`, or a list whose controls are composed in order.
+        scheduler: where the step index is read; a pipeline's own by default.
+        batch_layout: what the batch rows are: "cond", "uncond" or "uncond_cond"; read off the pipeline by
+            default, "cond" for a bare model.
+
+    Returns:
+        A handle with `stats()` and `remove()`, which is also a context manager.
+
+    Raises:
+        TypeError: the model, a processor that it carries, or an argument is not supported.
+        ValueError: the controls cannot be combined, or do not fit the model.
+        RuntimeError: the model is already under a control.
+    """
+    controls = list(processors) if isinstance(processors, (list, tuple)) else [processors]
+    for control in controls:
+        if not isinstance(control, Control):
+            raise TypeError(
+                f"diffctrl.apply got a {type(control).__name__}; it takes processors of diffctrl.processors "
+                "(e.g. SoftPAGAttnProcessor()), one or a list"
+            )
+    if not controls:
+        raise ValueError("diffctrl.apply got an empty list of processors; pass at least one")
+    check_composition(controls)
+    processor = controls[0] if len(controls) == 1 else controls[0].composed(controls)
+    attachments = _open(target, scheduler, batch_layout)
+    for attachment in attachments:
+        for control in controls:
+            if control.families is not None and attachment.family.name not in control.families:
+                raise TypeError(
+                    f"{control.method} does not support {attachment.family.title}; it supports "
+                    f"{', '.join(control.families)}"
+                )
+            control.check(attachment.sites)
+    try:
+        for attachment in attachments:
+            attachment.open()
+            attachment.install(processor, controls)
+    except BaseException:
+        for attachment in attachments:
+            attachment.close()
+        raise
+    return ControlHandle(attachments, controls)
+
+
+def set_attn_processor(target: Any, processor: Any) -> ControlHandle:
+    """`model.set_attn_processor` for any pipeline or model, Mochi included: the same as `apply`."""
+    return apply(target, processor)
+
+
+def summary(target: Any) -> str:
+    """What is active on a pipeline or model, where: one line per model and per control."""
+    lines = []
+    for name, model in denoisers(target).items():
+        sites = [getattr(m, _SITE) for m in model.modules() if hasattr(m, _SITE)]
+        if not sites:
+            lines.append(f"{name} ({type(model).__name__}): stock attention")
+            continue
+        active: dict[str, list[Site]] = {}
+        for site in sites:
+            for control in getattr(site.module.processor, "controls", ()):
+                active.setdefault(control.describe(), []).append(site)
+        lines.append(f"{name} ({type(model).__name__}): {len(sites)} attention modules")
+        for description, where in active.items():
+            lines.append(f"  {description}: {len(where)} modules, {where[0].name} .. {where[-1].name}")
+        if not active:
+            lines.append("  context attached, no control active")
+    return "\n".join(lines)

@@ -1,0 +1,236 @@
+"""What every model family provides: where queries, keys and values come from, and how the output goes back.
+
+A family knows one model architecture and no method. Axis letters: B batch, S tokens, H heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+SiteKind = Literal["joint", "self", "cross", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A half-open range of tokens of the attention sequence."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One attention call, after the family has projected and before it finishes.
+
+    Attributes:
+        query: (B, Sq, H, D).
+        key: (B, Sk, Hkv, D).
+        value: (B, Sk, Hkv, D).
+        attention_mask: what the stock processor hands to its kernel, boolean or additive, broadcastable to
+            (B, H, Sq, Sk), or None.
+        image: the image or video tokens among the queries.
+        text: the text tokens among the queries, or None where the sequence holds none.
+        saved: what `finish` needs of `project`; nobody else reads it.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attention_mask: Tensor | None
+    image: Span
+    text: Span | None
+    saved: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_heads(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
+        """The same call with other (B, S, H, D) tensors."""
+        return replace(self, query=query, key=key, value=value)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How one stock processor class is taken apart.
+
+    Attributes:
+        project: (attn, inputs) -> Call.
+        finish: (attn, call, output (B, Sq, H, D)) -> what the stock processor returns.
+        rotary: the stock processor's name for its rotary embedding.
+        dense: (attn, call, backend) -> output (B, Sq, H, D), for a stock processor that does not run one plain
+            dense attention; None where the engine's dense attention is what it runs.
+    """
+
+    project: Callable[[nn.Module, Inputs], Call]
+    finish: Callable[[nn.Module, Call, Tensor], Any]
+    dense: Callable[[nn.Module, Call, Any], Tensor] | None = None
+    rotary: str = "image_rotary_emb"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a model hands to an attention processor: the union over the stock processors, by their names."""
+
+    hidden_states: Tensor
+    encoder_hidden_states: Tensor | None = None
+    attention_mask: Tensor | None = None
+    temb: Tensor | None = None
+    image_rotary_emb: Any = None
+
+    def given(self, rotary: str) -> dict[str, Any]:
+        """The arguments that are not None, as keywords for a stock processor that calls its rotary so."""
+        named = {name: getattr(self, name) for name in self.__slots__}
+        named[rotary] = named.pop("image_rotary_emb")
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(slots=True, eq=False)
+class Site:
+    """One attention module of a controlled model.
+
+    Attributes:
+        name: the module's path in the model.
+        kind: "joint" (image and text in one sequence), "self", "cross" (keys are text) or "text" (a text-only
+            encoder inside the model, which no method touches).
+        stack: the group of layers the index counts in, e.g. "transformer_blocks"; SD3.5's second attention is
+            a stack of its own.
+        layer: index in the stack.
+        heads: query heads.
+        level: how often the token grid was halved before this layer (UNets); 0 elsewhere.
+    """
+
+    name: str
+    kind: SiteKind
+    stack: str
+    layer: int
+    heads: int
+    module: nn.Module
+    family: Family
+    route: Route
+    stock: Any
+    level: int = 0
+    context: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInfo:
+    """What a family reads off one forward call of its model.
+
+    Attributes:
+        batch: rows of the call.
+        grid: (frames, rows, columns) of image tokens before any downsampling inside the model, or None where
+            the call does not say (never guessed from the token count).
+        text_length: text tokens of the sequence, padding included; None without text tokens.
+        text_valid: (B,) int64, valid text tokens of each row, or None where all are valid.
+        timestep: as handed to the model.
+        device: of the call's image tensor.
+    """
+
+    batch: int
+    grid: tuple[int, int, int] | None
+    text_length: int | None
+    text_valid: Tensor | None
+    timestep: Any
+    device: torch.device
+
+
+class Family(ABC):
+    """One model architecture of diffusers."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    # Forward arguments whose first axis is the batch (nested lists, tuples and dicts are followed).
+    batched: ClassVar[tuple[str, ...]]
+    # How this family's stock pipelines run classifier-free guidance: one batch of [uncond | cond], or two calls.
+    cfg: ClassVar[Literal["batched", "separate"]]
+    # Stacks whose layers the flat layer index counts, in order.
+    stacks: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def model_class(self) -> type[nn.Module]:
+        """The diffusers class that this family drives, by identity."""
+
+    @abstractmethod
+    def routes(self) -> Mapping[tuple[type, type], Route]:
+        """(attention module class, stock processor class) -> route. Looked up by the exact classes."""
+
+    @abstractmethod
+    def place(self, name: str, module: nn.Module) -> tuple[SiteKind, str, int, int]:
+        """(kind, stack, layer, level) of the attention module with this path."""
+
+    @abstractmethod
+    def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
+        """Read grid, text layout and batch off the bound arguments of one forward call."""
+
+    def bind(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The forward call's arguments by name."""
+        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+        arguments = dict(bound.arguments)
+        arguments.pop("self", None)
+        for parameter in bound.signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(parameter.name, {}))
+        return arguments
+
+    def attention_modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Every module that carries an attention processor (Mochi's have no `get_processor`)."""
+        for name, module in model.named_modules():
+            if getattr(module, "processor", None) is not None and hasattr(module, "heads"):
+                yield name, module
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """One site per attention module, in model order.
+
+        Raises:
+            TypeError: an attention module carries a processor that this family does not know.
+        """
+        routes = self.routes()
+        found = []
+        for name, module in self.attention_modules(model):
+            stock = module.processor
+            route = routes.get((type(module), type(stock)))
+            if route is None:
+                known = sorted({processor.__name__ for _, processor in routes})
+                raise TypeError(
+                    f"{name} of {type(model).__name__} runs the processor {type(stock).__name__}, which the "
+                    f"family '{self.name}' cannot take apart; it knows {', '.join(known)}. Restore the stock "
+                    f"processors first (e.g. `model.set_default_attn_processor()` or unload the adapter)."
+                )
+            kind, stack, layer, level = self.place(name, module)
+            found.append(Site(name, kind, stack, layer, module.heads, module, self, route, stock, level))
+        return found
+
+    def site_grid(self, grid: tuple[int, int, int], site: Site) -> tuple[int, int, int]:
+        """The token grid that this site sees; a stride-2 convolution with padding 1 rounds up."""
+        frames, rows, columns = grid
+        for _ in range(site.level):
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        return frames, rows, columns
+
+    def flat_layer(self, sites: list[Site], site: Site) -> int:
+        """Layer index over all counted stacks (FLUX: double blocks first, then single blocks)."""
+        offset = 0
+        for stack in self.stacks:
+            if stack == site.stack:
+                return offset + site.layer
+            offset += 1 + max((s.layer for s in sites if s.stack == stack), default=-1)
+        raise KeyError(f"stack {site.stack!r} of family '{self.name}' is not counted: {self.stacks}")
+
+
+def split_name(name: str) -> tuple[str, int, str]:
+    """'transformer_blocks.3.attn' -> ('transformer_blocks', 3, 'attn')."""
+    stack, index, rest = name.split(".", 2)
+    return stack, int(index), rest
+
+
+def row_lengths(mask: Tensor) -> Tensor:
+    """(B,) valid tokens of each row of a (B, T) 0/1 or boolean mask."""
+    return mask.to(torch.int64).sum(dim=1)

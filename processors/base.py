@@ -1,0 +1,106 @@
+"""The template of every attention processor of diffctrl: project, act, attend, act, finish."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from diffctrl.attention import BlockLists, attend
+from diffctrl.control import Control
+from diffctrl.families import Call, Inputs, Site
+
+
+def _site_of(attn: nn.Module) -> Site:
+    site = getattr(attn, "diffctrl_site", None)
+    if site is None:
+        raise RuntimeError(
+            f"this {type(attn).__name__} knows no context: call `diffctrl.attach(model)` before "
+            "`model.set_attn_processor(...)`, or use `diffctrl.apply(pipe_or_model, processor)`, which does both"
+        )
+    return site
+
+
+class ControlAttnProcessor(Control, AttnProcessor):
+    """A diffusers attention processor whose controls act between the model's projections and its output layer.
+
+    The signature is the union of the stock processors' keyword names (diffusers inspects it and drops what is
+    not named). The object is never written to while it runs.
+    """
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __init__(self) -> None:
+        Control.__init__(self)
+        self.controls: tuple[Control, ...] = (self,)
+
+    def composed(self, controls: Sequence[Control]) -> ControlAttnProcessor:
+        """One processor that runs several controls in order."""
+        processor = copy.copy(self)
+        processor.controls = tuple(controls)
+        return processor
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        temb: Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> Any:
+        site = _site_of(attn)
+        rotary = image_rotary_emb if image_rotary_emb is not None else rotary_emb
+        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, temb, rotary)
+        controls = [c for c in self.controls if c.acts_on(site)]
+        if not controls:  # a shared processor also lands on sites that the method leaves alone
+            return site.stock(attn, **inputs.given(site.route.rotary))
+        call = site.route.project(attn, inputs)
+        for control in controls:
+            call = control.transform_inputs(site, call)
+        output = self._attend(attn, site, call, controls)
+        for control in controls:
+            output = control.transform_output(site, call, output)
+        return site.route.finish(attn, call, output)
+
+    def _attend(self, attn: nn.Module, site: Site, call: Call, controls: Sequence[Control]) -> Tensor:
+        mask: BlockLists | None = None
+        for control in controls:
+            wanted = control.block_mask(site, call)
+            mask = wanted if mask is None or wanted is None else mask & wanted
+        if mask is None and site.route.dense is not None:
+            return site.route.dense(attn, call, self._attention_backend)
+        return attend(
+            call.query,
+            call.key,
+            call.value,
+            mask=mask,
+            attn_mask=call.attention_mask if mask is None else None,
+            backend=self._attention_backend,
+            stats=site.context.stats,
+        )
+
+
+class NeutralAttnProcessor(ControlAttnProcessor):
+    """Takes every attention of a model apart and puts it together again, unchanged.
+
+    It is the check that a family's route is exact: its output must equal the stock processor's.
+    """
+
+    method = "neutral"
+
+    def acts_on(self, site: Site) -> bool:
+        return site.kind != "text"
+
+
+def published(site: Site, control: Control) -> Any:
+    """What the control prepared for the running forward, or None where it rests."""
+    return site.context.published.get(control.key)
+
+
+__all__ = ["ControlAttnProcessor", "NeutralAttnProcessor", "published"]
