@@ -1,0 +1,119 @@
+"""Signed distances of shapes and of the parts of a character, in an object's local frame.
+
+Local frame: unit = the object's radius, x to the right, y down, origin at the centre. Every function maps
+coordinate tensors of one shape to distances of the same shape, negative inside. Corners are mitred
+(half-plane distances): exact inside and on edges, sharp at corners, which is what an outline should look
+like.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+Point = tuple[float, float]
+
+
+def _half_plane(x: Tensor, y: Tensor, first: Point, second: Point) -> Tensor:
+    """Distance to the line first -> second, positive on the left of that walk as seen on a y-down picture."""
+    dx, dy = second[0] - first[0], second[1] - first[1]
+    norm = math.hypot(dx, dy)
+    return ((x - first[0]) * dy - (y - first[1]) * dx) / norm
+
+
+def _capsule(x: Tensor, y: Tensor, first: Point, second: Point, radius: float) -> Tensor:
+    dx, dy = second[0] - first[0], second[1] - first[1]
+    along = (((x - first[0]) * dx + (y - first[1]) * dy) / (dx * dx + dy * dy)).clamp(0, 1)
+    return torch.hypot(x - first[0] - along * dx, y - first[1] - along * dy) - radius
+
+
+def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
+    return torch.maximum(x.abs() - half_width, y.abs() - half_height)
+
+
+def _star(x: Tensor, y: Tensor) -> Tensor:
+    sector = 2 * math.pi / 5
+    angle = torch.atan2(x, -y)
+    folded = (torch.remainder(angle + sector / 2, sector) - sector / 2).abs()
+    radius = torch.hypot(x, y)
+    inner = (0.46 * math.cos(sector / 2), 0.46 * math.sin(sector / 2))
+    return _half_plane(radius * torch.cos(folded), radius * torch.sin(folded), (1.0, 0.0), inner)
+
+
+def shape_distances(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """One distance per entry of `SHAPES`.
+
+    The diamond is a tall rhombus, so that no rotation turns it into the square; the hexagon is flat-topped
+    and 10 % flatter than a regular one, so that a small one is not a circle.
+    """
+    ax, ay = x.abs(), y.abs()
+    rho = torch.hypot(x, y)
+    return (
+        rho - 0.90,
+        torch.maximum(ax, ay) - 0.76,
+        torch.maximum(y - 0.5, 0.8660254 * ax - 0.5 * y - 0.5),
+        _star(x, y),
+        (rho - 0.69).abs() - 0.25,
+        torch.minimum(_box(x, y, 0.95, 0.36), _box(x, y, 0.36, 0.95)),
+        (ax / 0.62 + ay - 1) / math.hypot(1 / 0.62, 1),
+        torch.maximum(ay - 0.78, (0.78 * ax + 0.5 * ay - 0.78) / math.hypot(0.78, 0.5)),
+    )
+
+
+def select(distances: tuple[Tensor, ...], which: Tensor) -> Tensor:
+    """`distances[which]` element-wise; `which` broadcasts. A chain of `where`: compilers fuse it."""
+    out = distances[0]
+    for index, distance in enumerate(distances[1:], start=1):
+        out = torch.where(which == index, distance, out)
+    return out
+
+
+# All bodies stand on y = 0.62, so that the legs fit each of them; what sits on a body is given per body.
+HAT_LINE = (-0.46, -0.33, -0.58, -0.34, -0.45, -0.03)
+EYE_LINE = (0.02, 0.06, -0.14, 0.22, 0.04, 0.30)
+EYE_OFFSET = (0.22, 0.22, 0.18, 0.18, 0.22, 0.22)
+
+
+def body_distances(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """One distance per entry of `BODIES`."""
+    ax = x.abs()
+    rho = torch.hypot(x, y - 0.06)
+    lobes = 0.52 + 0.09 * torch.cos(6 * torch.atan2(x, y - 0.06))
+    return (
+        rho - 0.56,
+        _box(x, y - 0.14, 0.48, 0.48),
+        torch.hypot(x, (y.abs() - 0.27).clamp(min=0)) - 0.35,
+        torch.maximum(y - 0.62, _half_plane(ax, y, (0.0, -0.62), (0.64, 0.62))),
+        rho - lobes,
+        torch.maximum(torch.hypot(x, y - 0.62) - 0.68, y - 0.62),
+    )
+
+
+def limb_distance(x: Tensor, y: Tensor, jumps: Tensor) -> Tensor:
+    """Arms and legs: down when standing or lying, arms up and legs apart when jumping; `jumps` broadcasts."""
+    ax = x.abs()
+    rest = torch.minimum(
+        _capsule(ax, y, (0.21, 0.5), (0.21, 0.93), 0.10), _capsule(ax, y, (0.2, 0.25), (0.80, 0.50), 0.09)
+    )
+    leap = torch.minimum(
+        _capsule(ax, y, (0.21, 0.5), (0.58, 0.90), 0.10), _capsule(ax, y, (0.2, 0.25), (0.82, -0.32), 0.09)
+    )
+    return torch.where(jumps, leap, rest)
+
+
+def hat_distances(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """One distance per entry of `HATS`; y = 0 is the line on which the hat sits. "none" is far away."""
+    cap = torch.minimum(
+        torch.maximum(torch.hypot(x, y - 0.04) - 0.34, y - 0.06), _box(x - 0.30, y, 0.30, 0.06)
+    )
+    cone = torch.maximum(y - 0.06, _half_plane(x.abs(), y, (0.0, -0.50), (0.32, 0.06)))
+    teeth = -0.40 + 0.26 * (2 * (x / 0.33 - torch.round(x / 0.33)).abs())
+    crown = torch.maximum(_box(x, y + 0.17, 0.33, 0.23), (teeth - y) * 0.6)
+    return (torch.full_like(cap, 10.0), cap, cone, crown)
+
+
+def eye_distances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(white of an open eye, its pupil, lid of a sleepy eye); origin between the eyes, x already folded."""
+    white = torch.hypot(x, y) - 0.17
+    pupil = torch.hypot(x, y) - 0.09
+    return white, pupil, _box(x, y, 0.15, 0.065)
