@@ -258,7 +258,7 @@ def _place_three(rng: np.random.Generator, values: dict[str, Array], rows: Array
         clear = np.ones(len(rows), dtype=bool)
         for first, second in ((0, 1), (0, 2), (1, 2)):
             apart = np.hypot(x[:, first] - x[:, second], y[:, first] - y[:, second])
-            clear &= apart > radius[:, first] + radius[:, second] + GAP / 2
+            clear &= apart > radius[:, first] + radius[:, second] + 0.05
         values["x"][rows[clear]], values["y"][rows[clear]] = x[clear], y[clear]
         rows = rows[~clear]
 

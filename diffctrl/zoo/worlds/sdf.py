@@ -71,7 +71,7 @@ def select(distances: tuple[Tensor, ...], which: Tensor) -> Tensor:
 # All bodies stand on y = 0.62, so that the legs fit each of them; what sits on a body is given per body.
 HAT_LINE = (-0.46, -0.33, -0.58, -0.34, -0.45, -0.03)
 EYE_LINE = (0.02, 0.06, -0.14, 0.22, 0.04, 0.30)
-EYE_OFFSET = (0.22, 0.22, 0.18, 0.18, 0.22, 0.22)
+EYE_OFFSET = (0.22, 0.22, 0.18, 0.18, 0.22, 0.22)  # + 0.17 stays inside every body
 
 
 def body_distances(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -82,7 +82,7 @@ def body_distances(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return (
         rho - 0.56,
         _box(x, y - 0.14, 0.48, 0.48),
-        torch.hypot(x, (y.abs() - 0.27).clamp(min=0)) - 0.35,
+        torch.hypot(x, (y.abs() - 0.25).clamp(min=0)) - 0.37,
         torch.maximum(y - 0.62, _half_plane(ax, y, (0.0, -0.62), (0.64, 0.62))),
         rho - lobes,
         torch.maximum(torch.hypot(x, y - 0.62) - 0.68, y - 0.62),
