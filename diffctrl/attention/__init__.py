@@ -1,8 +1,27 @@
-"""The attention engine: block lists, the dispatcher, the kernels."""
+"""The attention engine: block lists, `attend`, and a chain of kernels of which each proves itself before its
+first use.
+
+Importing this package imports torch and nothing else: diffusers, triton, flash_attn and xformers load when a
+call wants them.
+"""
 
 from .api import attend
+from .chain import KernelReport, Selection, kernel_report, select_kernel
 from .lists import BlockLists, DeviceLists
+from .lse import logsumexp_of, merge
 from .rules import Rule
 from .stats import EngineStats
 
-__all__ = ["BlockLists", "DeviceLists", "EngineStats", "Rule", "attend"]
+__all__ = [
+    "BlockLists",
+    "DeviceLists",
+    "EngineStats",
+    "KernelReport",
+    "Rule",
+    "Selection",
+    "attend",
+    "kernel_report",
+    "logsumexp_of",
+    "merge",
+    "select_kernel",
+]

@@ -16,9 +16,11 @@ class FA4Lists:
     """Plain tensors for `flash_attn.cute`'s block-sparse call (on the CPU; the kernel moves and caches them).
 
     full_count int32 (Bm, Hm, NQ'), full_index int32 (Bm, Hm, NQ', W'): blocks attended in full. mask_count,
-    mask_index: the partial ones; always present because the call demands them, all zero (W' = 1) without a rule.
-    block: (bq', bk') to be passed as block_size. kernel_density: listed over all blocks after the conversion; it
-    exceeds the mask's own where query blocks were merged (`merged`), and then more pairs are attended than asked for.
+    mask_index: the partial ones; always present because the call demands them, all zero (W' = 1) without a
+        rule.
+    block: (bq', bk') to be passed as block_size. kernel_density: listed over all blocks after the conversion;
+    it exceeds the mask's own where query blocks were merged (`merged`), and then more pairs are attended than
+    asked for.
     """
 
     full_count: torch.Tensor
@@ -33,7 +35,7 @@ class FA4Lists:
 def transpose_lists(
     counts: torch.Tensor, indices: torch.Tensor, nk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists (Bm, Hm, NQ[, W]) by query block -> (Bm, Hm, NK[, W']) by key block; O(nnz log nnz), never NQ x NK x H."""
+    """Lists (Bm, Hm, NQ[, W]) by query block -> (Bm, Hm, NK[, W']) by key block, by a sort of the pairs."""
     bm, hm, nq, width = indices.shape
     used = torch.arange(width) < counts.unsqueeze(-1)
     head, q, slot = used.reshape(bm * hm, nq, width).nonzero(as_tuple=True)
@@ -58,8 +60,8 @@ def _lists_from_pairs(
 def transpose(lists: BlockLists) -> BlockLists:
     if lists.n_valid is not None or lists.rule is not None:
         raise ValueError(
-            "transpose() takes masks without n_valid and without partial blocks. Use transpose_lists() on the block "
-            "lists and keep the element rule in the kernel."
+            "transpose() takes masks without n_valid and without partial blocks. Use transpose_lists() on "
+            "the block lists and keep the element rule in the kernel."
         )
     counts, indices = transpose_lists(lists.counts, lists.indices, lists.n_k_blocks)
     (bq, bk), (sq, sk) = lists.block, lists.lengths
@@ -81,14 +83,14 @@ def clipped(lists: BlockLists) -> BlockLists:
     return replace(lists, **fields, allow_empty=True)
 
 
-# --- flash-attn-4 -------------------------------------------------------------------------------------------------
+# --- flash-attn-4 -------------------------------------------------------------------------------------------
 
 
 def to_fa4(lists: BlockLists, arch: int, head_dim: int, *, allow_merge: bool = False) -> FA4Lists:
     """Splits key blocks to the kernel's tile and, on sm100, merges query blocks in pairs if `allow_merge`.
 
-    Raises ValueError with the reason where no exact conversion exists. n_valid is not folded in: call `clipped()`
-    first and pass seqused_k, or refuse.
+    Raises ValueError with the reason where no exact conversion exists. n_valid is not folded in: call
+    `clipped()` first and pass seqused_k, or refuse.
     """
     bq, bk = fa4_block(lists.block, arch, head_dim, merge=allow_merge)
     parts = []
@@ -112,7 +114,7 @@ def to_fa4(lists: BlockLists, arch: int, head_dim: int, *, allow_merge: bool = F
 
 
 def fa4_block(block: tuple[int, int], arch: int, head_dim: int, *, merge: bool = False) -> tuple[int, int]:
-    """The (bq, bk) in which flash-attn-4 4.0.0b36 takes lists of `block`; ValueError with the reason if it cannot."""
+    """The (bq, bk) in which flash-attn-4 4.0.0b36 takes lists of `block`; ValueError if there is none."""
     bq, bk = block
     if arch // 10 == 9:
         sizes = (64, 128, 192, 256, 384)
@@ -174,14 +176,15 @@ def _merge_queries(
     return _lists_from_pairs(pairs // span, pairs % span, shape)
 
 
-# --- FlexAttention ------------------------------------------------------------------------------------------------
+# --- FlexAttention ------------------------------------------------------------------------------------------
 
 
 def to_flex(lists: BlockLists, device: torch.device, width: int | None = None) -> Any:
-    """The lists as a `BlockMask` whose full blocks carry n_valid-free keys and whose `mask_mod` is never trivial.
+    """The lists as a `BlockMask` whose full blocks carry n_valid-free keys and whose `mask_mod` is never
+    trivial.
 
-    FlexAttention evaluates `mask_mod` in partial blocks only. So with n_valid every block that is cut in some batch
-    row is passed as partial. Transposed lists are included (backward needs them).
+    FlexAttention evaluates `mask_mod` in partial blocks only. So with n_valid every block that is cut in some
+    batch row is passed as partial. Transposed lists are included (backward needs them).
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -214,7 +217,7 @@ def to_flex(lists: BlockLists, device: torch.device, width: int | None = None) -
 def _flex_parts(
     lists: BlockLists,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """((full counts, indices), (partial counts, indices)) for FlexAttention, cut blocks among the partial ones."""
+    """((full counts, indices), (partial counts, indices)); blocks cut by n_valid are partial ones."""
     lists = lists.clipped()
     if lists.partial_counts is not None and lists.partial_indices is not None:
         if lists.n_valid is None:
@@ -234,12 +237,22 @@ def _flex_parts(
 
 
 def _mask_mod(lists: BlockLists, device: torch.device) -> Any:
-    """Captures tensors only: a captured Python number would compile one kernel per value."""
-    if lists.rule is not None:
-        rule: Rule = lists.rule.to(device)
-        return lambda b, h, q, k: rule.allowed(b, q, k)
-    limit = torch.tensor([lists.lengths[1]], dtype=torch.int32) if lists.n_valid is None else lists.n_valid
-    limit = limit.to(device)
-    if len(limit) == 1:
-        return lambda b, h, q, k: k < limit[0]
-    return lambda b, h, q, k: k < limit[b]
+    """Captures tensors only, each by its own name: a captured number would compile one kernel per value."""
+    if lists.rule is None:
+        limit = (
+            torch.tensor([lists.lengths[1]], dtype=torch.int32) if lists.n_valid is None else lists.n_valid
+        )
+        limit = limit.to(device)
+        if len(limit) == 1:
+            return lambda b, h, q, k: k < limit[0]
+        return lambda b, h, q, k: k < limit[b]
+    rule: Rule = lists.rule.to(device)
+    first = rule.tensors[0]
+    if rule.kind == "causal":
+        return lambda b, h, q, k: k <= q + first[0]
+    if rule.kind == "kv_validity":
+        if len(first) == 1:
+            return lambda b, h, q, k: first[0, k]
+        return lambda b, h, q, k: first[b, k]
+    k_frame, window = rule.tensors[1:]
+    return lambda b, h, q, k: (first[q] - k_frame[k]).abs() <= window[0]

@@ -1,17 +1,19 @@
 """`BlockLists`: for every head and query block, the key blocks that it attends. Never an S x S tensor.
 
 Axis letters: B batch, H query heads, Sq/Sk query and key tokens, bq/bk block sizes, NQ = ceil(Sq / bq),
-NK = ceil(Sk / bk), W width of an index list. Bm is 1 or B, Hm is 1 or H: a size of 1 is shared, never expanded.
+NK = ceil(Sk / bk), W width of an index list. Bm is 1 or B, Hm is 1 or H: a size of 1 is shared, never
+expanded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
     from .convert import FA4Lists
 
 _LOCK = threading.RLock()
-# Device tensor of counts -> weak reference to the BlockLists it came from. A compiled region sees tensors only; with
-# this its kernels find the host object again (plans, densities) without reading anything back from the device.
+# Device tensor of counts -> weak reference to the BlockLists it came from. A compiled region sees tensors
+# only; with this its kernels find the host object again (plans, densities) without reading anything back from
+# the device.
 _ORIGINS = WeakIdKeyDictionary()
 
 
@@ -32,8 +35,8 @@ class DeviceLists:
     """The tensors of a `BlockLists` on one device: what compiled code passes around and what kernels read.
 
     counts int32 (Bm, Hm, NQ); indices int32 (Bm, Hm, NQ, W), ascending, entries past the count are 0;
-    n_valid int32 (B,) or None; partial_counts, partial_indices like counts, indices or None, with the rule's kind and
-    tensors; block (bq, bk).
+    n_valid int32 (B,) or None; partial_counts, partial_indices like counts, indices or None, with the rule's
+    kind and tensors; block (bq, bk).
     """
 
     counts: torch.Tensor
@@ -54,12 +57,13 @@ class BlockLists:
         block: (bq, bk), tokens of a query block and of a key block.
         lengths: (Sq, Sk), tokens; need not be multiples of the block, the last block is cut.
         counts: integer (Bm, Hm, NQ): entries used of each list.
-        indices: integer (Bm, Hm, NQ, W): key blocks, strictly ascending in the first `count` entries; these blocks
-            are attended in full. Kept as int32, cut to the width that is used.
+        indices: integer (Bm, Hm, NQ, W): key blocks, strictly ascending in the first `count` entries; these
+            blocks are attended in full. Kept as int32, cut to the width that is used.
         n_valid: integer (B,) or None: in batch row b only keys 0 .. n_valid[b] - 1 exist.
-        partial_counts, partial_indices, rule: further lists of the same form, of blocks in which only the pairs that
-            `rule` allows are attended. No block may be in both lists of a row.
-        order: name of the row order (permutation) in which the lists are written, None for the model's own order.
+        partial_counts, partial_indices, rule: further lists of the same form, of blocks in which only the
+            pairs that `rule` allows are attended. No block may be in both lists of a row.
+        order: name of the row order (permutation) in which the lists are written, None for the model's own
+            order.
         allow_empty: whether a query block may have no key block at all (its output is 0).
 
     >>> lists = BlockLists((2, 2), (4, 4), torch.tensor([[[1, 2]]]), torch.tensor([[[[0, 0], [0, 1]]]]))
@@ -89,7 +93,7 @@ class BlockLists:
         object.__setattr__(self, "host", host)
         _ORIGINS[host.counts] = weakref.ref(self)
 
-    # --- shape and identity -----------------------------------------------------------------------------------
+    # --- shape and identity ---------------------------------------------------------------------------------
 
     @property
     def n_q_blocks(self) -> int:
@@ -131,14 +135,14 @@ class BlockLists:
         return self._cached_value("has_empty_rows", lambda: _has_empty_rows(self))
 
     def density(self) -> float:
-        """Attended share of the real (query, key) pairs: tails and n_valid weighted, partial blocks counted whole."""
+        """Attended share of the real (query, key) pairs: tails and n_valid weighted, partial blocks whole."""
         return self._cached_value("density", lambda: _areas(self)[0])
 
     def kernel_density(self) -> float:
-        """Listed blocks over all blocks, each counted as full: what a kernel that rounds up to blocks computes."""
+        """Listed blocks over all blocks, each counted as full: what a kernel that rounds up computes."""
         return self._cached_value("kernel_density", lambda: _areas(self)[1])
 
-    # --- construction and conversion ----------------------------------------------------------------------------
+    # --- construction and conversion ------------------------------------------------------------------------
 
     @classmethod
     def from_dense_blocks(
@@ -195,7 +199,8 @@ class BlockLists:
         return unite(self, other)
 
     def force(self, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> BlockLists:
-        """The mask plus whole bands: every block that touches a query token in `rows` or a key token in `cols`.
+        """The mask plus whole bands: every block that touches a query token in `rows` or a key token in
+        `cols`.
 
         rows, cols: token ranges (start, stop). The forced blocks count in `density()` as any other.
         """
@@ -204,30 +209,30 @@ class BlockLists:
         return force(self, rows, cols)
 
     def transpose(self) -> BlockLists:
-        """For each key block the query blocks that attend it (block, lengths swapped), as backward passes want it."""
+        """For each key block the query blocks that attend it (block and lengths swapped)."""
         from .convert import transpose
 
         return transpose(self)
 
     def clipped(self) -> BlockLists:
-        """The same mask, listing per batch row no block past n_valid: the last listed block holds the last valid key."""
+        """The same mask, listing in no batch row a block past its n_valid."""
         from .convert import clipped
 
         return clipped(self)
 
     def to_flex(self, device: torch.device | str = "cpu", width: int | None = None) -> Any:
-        """A FlexAttention `BlockMask` with a non-trivial `mask_mod`; index width NK unless given (CPU needs NK)."""
+        """A FlexAttention `BlockMask` with a non-trivial `mask_mod`; index width NK unless given."""
         from .convert import to_flex
 
         return to_flex(self, torch.device(device), width)
 
     def to_fa4(self, arch: int, head_dim: int, *, allow_merge: bool = False) -> FA4Lists:
-        """Lists in the block size that flash-attn-4 takes on this arch, as plain CPU tensors; see `FA4Lists`."""
+        """Plain CPU tensors in the block size that flash-attn-4 takes on this arch; see `FA4Lists`."""
         from .convert import to_fa4
 
         return to_fa4(self, arch, head_dim, allow_merge=allow_merge)
 
-    # --- device tensors -------------------------------------------------------------------------------------------
+    # --- device tensors -------------------------------------------------------------------------------------
 
     def on(self, device: torch.device | str) -> DeviceLists:
         """The tensors on `device`, copied once and kept as long as this object (or until `free`)."""
@@ -237,8 +242,13 @@ class BlockLists:
         return self.cached(device, "lists", lambda: _remembered(self, _device_lists(self, device)))
 
     def cached(self, device: torch.device | str, consumer: str, make: Callable[[], Any]) -> Any:
-        """What `consumer` (a kernel, with whatever distinguishes its forms) derived from the lists for `device`."""
-        return self._cached_value((str(normalised(torch.device(device))), consumer), make)
+        """What `consumer` (a kernel and whatever tells its forms apart) derived for `device`."""
+        device = normalised(torch.device(device))
+        return self._cached_value((device.type, device.index, consumer), make)
+
+    def ready(self, device: torch.device) -> DeviceLists | None:
+        """What `on` gave for this device, None if it was not called. For compiled code, which makes nothing."""
+        return self.host if device.type == "cpu" else self._cache.get((device.type, device.index, "lists"))
 
     def pin(self, device: torch.device | str) -> BlockLists:
         """Copies the tensors now, for instance before a CUDA graph is captured; returns self."""
@@ -268,7 +278,7 @@ def normalised(device: torch.device) -> torch.device:
 
 
 def origin_of(lists: DeviceLists, lengths: tuple[int, int]) -> BlockLists:
-    """The `BlockLists` these tensors came from; rebuilt from the tensors (copying them to the host) if it is gone."""
+    """The `BlockLists` these tensors came from; rebuilt from them (a copy to the host) if it is gone."""
     with _LOCK:
         known = _ORIGINS.get(lists.counts)
         origin = known() if isinstance(known, weakref.ref) else known
@@ -305,15 +315,34 @@ def _device_lists(lists: BlockLists, device: torch.device) -> DeviceLists:
         return None if tensor is None else tensor.to(device)
 
     return DeviceLists(
-        counts=lists.counts.to(device),
-        indices=lists.indices.to(device),
+        counts=_any_size(lists.counts.to(device), (2,)),
+        indices=_any_size(lists.indices.to(device), (2, 3)),
         n_valid=move(lists.n_valid),
-        partial_counts=move(lists.partial_counts),
-        partial_indices=move(lists.partial_indices),
+        partial_counts=_any_size(move(lists.partial_counts), (2,)),
+        partial_indices=_any_size(move(lists.partial_indices), (2, 3)),
         rule_kind=None if lists.rule is None else lists.rule.kind,
         rule_tensors=() if lists.rule is None else tuple(t.to(device) for t in lists.rule.tensors),
         block=lists.block,
     )
+
+
+@overload
+def _any_size(tensor: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor: ...
+
+
+@overload
+def _any_size(tensor: None, dims: tuple[int, ...]) -> None: ...
+
+
+def _any_size(tensor: torch.Tensor | None, dims: tuple[int, ...]) -> torch.Tensor | None:
+    """Tells dynamo that NQ and W change from mask to mask, so that they never cost a graph of their own.
+
+    Where dynamo is not imported nothing is compiled yet: then a later mask tells it, one graph later.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if tensor is not None and dynamo is not None and hasattr(dynamo, "maybe_mark_dynamic"):
+        dynamo.maybe_mark_dynamic(tensor, dims)
+    return tensor
 
 
 def _digest(lists: BlockLists) -> str:

@@ -15,9 +15,9 @@ class Rule:
 
     kind and its tensors (all on the CPU at construction):
       "causal": tensors = (offset,), int32 of shape (1,): key k is attended by query q if k <= q + offset.
-      "frame_window": tensors = (q_frame, k_frame, window), int32 of shapes (Sq,), (Sk,), (1,): |frames apart| <= window.
-      "kv_validity": tensors = (valid,), bool of shape (B, Sk) or (1, Sk): key k of row b is attended if valid[b, k].
-    Numbers are tensors, so that a compiled kernel never bakes one in.
+      "frame_window": tensors = (q_frame, k_frame, window), int32 of shapes (Sq,), (Sk,), (1,): |frames
+      apart| <= window. "kv_validity": tensors = (valid,), bool of shape (B, Sk) or (1, Sk): key k of row b
+    is attended if valid[b, k]. Numbers are tensors, so that a compiled kernel never bakes one in.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Rule:
         return Rule(self.kind, tuple(t.to(device) for t in self.tensors))
 
     def allowed(self, b: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Bool tensor of the broadcast shape of the index tensors b, q, k. Works as a FlexAttention `mask_mod` body."""
+        """Bool tensor of the broadcast shape of the index tensors b, q, k."""
         if self.kind == "causal":
             return k <= q + self.tensors[0][0]
         if self.kind == "frame_window":

@@ -1,4 +1,4 @@
-"""Checks of `BlockLists` at construction: each failure says what was given, what is accepted and what to do."""
+"""Checks of `BlockLists` at construction: failures say what was given, what is accepted, what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def validated_fields(lists: BlockLists) -> dict[str, Any]:
-    """The tensor fields as contiguous int32 CPU copies, cut to the used width; raises ValueError on anything wrong."""
+    """The tensor fields as int32 CPU copies, cut to the used width; ValueError on anything wrong."""
     _check_sizes(lists)
     nq, nk = lists.n_q_blocks, lists.n_k_blocks
     counts, indices = _canonical("", lists.counts, lists.indices, nq, nk)
@@ -28,7 +28,8 @@ def validated_fields(lists: BlockLists) -> dict[str, Any]:
         p_counts, p_indices = _canonical("partial_", lists.partial_counts, lists.partial_indices, nq, nk)
         if p_counts.shape != counts.shape:
             raise ValueError(
-                f"partial_counts is {tuple(p_counts.shape)}, counts is {tuple(counts.shape)}: make them equal."
+                f"partial_counts is {tuple(p_counts.shape)}, counts is {tuple(counts.shape)}: "
+                "make them equal."
             )
         _check_disjoint(counts, indices, p_counts, p_indices, nk)
         fields |= {"partial_counts": p_counts, "partial_indices": p_indices}
@@ -36,8 +37,8 @@ def validated_fields(lists: BlockLists) -> dict[str, Any]:
     if not lists.allow_empty and bool((rows == 0).any()):
         b, h, q = (rows == 0).nonzero()[0].tolist()
         raise ValueError(
-            f"Query block {q} of batch row {b}, head {h} has no key block. Pass allow_empty=True if its output shall "
-            "be 0, else list at least one block for it."
+            f"Query block {q} of batch row {b}, head {h} has no key block. Pass allow_empty=True "
+            "if its output shall be 0, else list at least one block for it."
         )
     if lists.n_valid is not None:
         fields["n_valid"] = _checked_n_valid(lists.n_valid, counts.shape[0], lists.lengths[1])
@@ -69,8 +70,8 @@ def _canonical(
             raise ValueError(f"{name} must have axes {axes}, the shape given is {tuple(tensor.shape)}.")
     if counts.shape != indices.shape[:3] or counts.shape[2] != nq or indices.shape[3] == 0:
         raise ValueError(
-            f"{prefix}counts {tuple(counts.shape)} and {prefix}indices {tuple(indices.shape)} must be (Bm, Hm, {nq}) "
-            f"and (Bm, Hm, {nq}, W) with W >= 1: NQ = {nq} follows from lengths and block."
+            f"{prefix}counts {tuple(counts.shape)} and {prefix}indices {tuple(indices.shape)} must be "
+            f"(Bm, Hm, {nq}) and (Bm, Hm, {nq}, W) with W >= 1: NQ = {nq} follows from lengths and block."
         )
     # A copy: the mask is immutable, whatever the caller does with the tensors afterwards.
     counts = counts.detach().to("cpu", torch.int32, copy=True).contiguous()
@@ -90,8 +91,9 @@ def _canonical(
         row = indices[b, h, q, : int(counts[b, h, q])]
         what = "lists a block twice" if len(row.unique()) < len(row) else "is not in ascending order"
         raise ValueError(
-            f"{prefix}indices of batch row {b}, head {h}, query block {q} {what}: {_short(row.tolist())}. Kernels mask "
-            "the tail in the last entry only and would count a repeated key twice: sort and deduplicate each list."
+            f"{prefix}indices of batch row {b}, head {h}, query block {q} {what}: {_short(row.tolist())}. "
+            "Kernels mask the tail in the last entry only and would count a repeated key twice: sort and "
+            "deduplicate each list."
         )
     return counts, indices
 
@@ -117,7 +119,8 @@ def _checked_n_valid(n_valid: torch.Tensor, mask_batch: int, sk: int) -> torch.T
         )
     if mask_batch not in (1, len(n_valid)):
         raise ValueError(
-            f"n_valid has {len(n_valid)} rows, the lists have {mask_batch}: use 1 or {len(n_valid)} list rows."
+            f"n_valid has {len(n_valid)} rows, the lists have {mask_batch}: use 1 or "
+            f"{len(n_valid)} list rows."
         )
     n_valid = n_valid.detach().to("cpu", torch.int32, copy=True)
     if int(n_valid.min()) < 0 or int(n_valid.max()) > sk:

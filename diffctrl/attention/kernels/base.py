@@ -1,11 +1,11 @@
 """What a kernel is: a name, a reason why it cannot take a call, and a run.
 
-Axis letters of the package: B batch, H query heads, Hkv key/value heads, S tokens (Sq queries, Sk keys), D head dim,
-NQ and NK number of query and key/value blocks, W width of the index lists.
+Axis letters of the package: B batch, H query heads, Hkv key/value heads, S tokens (Sq queries, Sk keys), D
+head dim, NQ and NK number of query and key/value blocks, W width of the index lists.
 
-A kernel file defines one object that satisfies `Kernel` and binds it to the module name `KERNEL`; `chain.py` imports
-the file lazily, by name. Packages that may be missing (triton, flash_attn, xformers, diffusers) are imported inside
-the functions of that file, never at its top.
+A kernel file defines one object that satisfies `Kernel` and binds it to the module name `KERNEL`; `chain.py`
+imports the file lazily, by name. Packages that may be missing (triton, flash_attn, xformers, diffusers) are
+imported inside the functions of that file, never at its top.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DENSITY_CLASSES = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.85, 1.0)
 
 
 def density_class(density: float) -> float:
-    """The upper edge of the class that `density` falls into: kernel choice may depend on this, never on more."""
+    """The upper edge of the class of `density`: kernel choice may depend on this, never on more."""
     return next((edge for edge in DENSITY_CLASSES if density <= edge + 1e-9), 1.0)
 
 
@@ -29,10 +29,10 @@ def density_class(density: float) -> float:
 class Request:
     """One attention call, described without its tensors: all that `why_not` and the choice table may look at.
 
-    `arch` is major * 10 + minor of the CUDA compute capability (90 for H100), None elsewhere. `batch` is there for
-    shape checks; the choice of a kernel must not depend on it (a seed gives the same latents in any batch).
-    `sparse` says that block lists are given; `block`, `density_class`, `rule`, `per_row_lengths` and the `shared_*`
-    flags describe those lists, at their defaults for a dense call.
+    `arch` is major * 10 + minor of the CUDA compute capability (90 for H100), None elsewhere. `batch` is
+    there for shape checks; the choice of a kernel must not depend on it (a seed gives the same latents in any
+    batch). `sparse` says that block lists are given; `block`, `density_class`, `rule`, `per_row_lengths` and
+    the `shared_*` flags describe those lists, at their defaults for a dense call.
     """
 
     device_type: str
@@ -62,7 +62,7 @@ class Request:
 
     @property
     def work(self) -> float:
-        """FLOP of one batch row: 4 * H * attended area * D (by density class, so that it never depends on B)."""
+        """FLOP of one batch row: 4 * H * attended area * D, by density class; it never depends on B."""
         return 4.0 * self.heads * self.q_len * self.k_len * self.head_dim * self.density_class
 
 
@@ -71,8 +71,8 @@ class Operands:
     """The tensors of a call.
 
     query: (B, Sq, H, D); key, value: (B, Sk, Hkv, D), any strides; `scale` is resolved (never None).
-    mask: the block lists (host object; `mask.on(device)` gives cached device tensors, `mask.cached(device, consumer,
-    make)` caches whatever else a kernel derives from the lists), None for a dense call.
+    mask: the block lists (host object; `mask.on(device)` gives cached device tensors, `mask.cached(device,
+    consumer, make)` caches whatever else a kernel derives from the lists), None for a dense call.
     attn_mask: bool or additive, broadcastable to (B, H, Sq, Sk); only ever given to dense kernels.
     """
 
@@ -91,7 +91,8 @@ class Kernel(Protocol):
     name: str
 
     def why_not(self, request: Request) -> str | None:
-        """None if `run` can take this call, else one readable reason (device, dtype, head dim, missing package, ...).
+        """None if `run` can take this call, else one readable reason (device, dtype, head dim, missing
+        package, ...).
 
         Called often: cheap, and it never runs a kernel.
         """
@@ -100,8 +101,8 @@ class Kernel(Protocol):
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns out (B, Sq, H, D) in the dtype of query and, if `request.needs_lse`, lse (B, H, Sq).
 
-        lse: fp32, natural log, scale included, -inf for a row without keys (whose out is 0); contiguous. Where
-        `request.needs_grad`, out must be differentiable by autograd (eager, first order; lse carries no gradient).
-        Tensors of `operands` are never written to.
+        lse: fp32, natural log, scale included, -inf for a row without keys (whose out is 0); contiguous.
+        Where `request.needs_grad`, out must be differentiable by autograd (eager, first order; lse carries no
+        gradient). Tensors of `operands` are never written to.
         """
         ...

@@ -1,16 +1,17 @@
-"""Which kernel first: the static choice table. Never timed in the user's process, so that a seed keeps its latents."""
+"""Which kernel first: the static choice table. Nothing is timed at run time: a seed keeps its latents."""
 
 from __future__ import annotations
 
 from .base import Request
 
-# Names are files in this folder. The chain tries them in order and takes the first that can and passes its self-test.
+# Names are files in this folder. The chain tries them in order and takes the first that can and passes its
+# self-test.
 SPARSE = ("flash4", "triton", "flex", "gathered")
 DENSE = ("flash4", "cudnn", "sdpa")
 
 
 def kernel_order(request: Request) -> tuple[str, ...]:
-    """Kernel names in the order in which the chain tries them, a function of the request without its batch size."""
+    """Kernel names in the order the chain tries them: a function of the request without its batch size."""
     if request.device_type != "cuda":
         return ("gathered",) if request.sparse else ("sdpa",)
     if not request.sparse:

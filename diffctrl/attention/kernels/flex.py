@@ -1,0 +1,128 @@
+"""Block-sparse attention by compiled FlexAttention. Never eager: uncompiled it ignores the lists, runs dense."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .base import Operands, Request
+
+
+class FlexKernel:
+    name = "flex"
+
+    def why_not(self, request: Request) -> str | None:
+        if not request.sparse:
+            return "is used for block lists only"
+        if request.rule is not None and request.per_row_lengths:
+            return "holds one element rule: n_valid beside partial blocks does not fit"
+        if request.device_type == "cpu":
+            return _why_not_cpu(request)
+        if request.device_type != "cuda":
+            return f"runs on CUDA GPUs and CPUs, not on {request.device_type}"
+        if request.arch is not None and request.arch < 80:
+            return f"needs compute capability 8.0 or newer, not sm{request.arch}"
+        if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"takes float16, bfloat16 and float32, not {request.dtype}"
+        if request.head_dim < 16:
+            return f"needs a head dim of at least 16, not {request.head_dim}"
+        if (
+            _largest(request.block[0], (128, 64, 32, 16)) is None
+            or _largest(request.block[1], (64, 32, 16)) is None
+        ):
+            return f"needs blocks that are multiples of 16, not {request.block}"
+        if request.needs_grad and (request.block[0] % 128 or request.block[1] % 128):
+            return f"has a backward for blocks that are multiples of 128 only, not {request.block}"
+        return None
+
+    def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mask, device = operands.mask, operands.query.device
+        assert mask is not None
+        block_mask = mask.cached(device, "flex", lambda: mask.to_flex(device))
+        q, k, v = (t.transpose(1, 2) for t in (operands.query, operands.key, operands.value))
+        run = compiled_flex(str(device), request.dtype, request.head_dim, _kind(request))
+        options = _kernel_options(request)
+        # One tensor for the scale would be ideal; FlexAttention takes a float and bakes it in: one graph per
+        # scale.
+        out, lse = run(
+            q, k, v, block_mask, operands.scale, request.heads != request.kv_heads, request.needs_lse, options
+        )
+        return out.transpose(1, 2), lse.contiguous() if lse is not None else None
+
+
+def _why_not_cpu(request: Request) -> str | None:
+    if request.needs_grad:
+        return "has no backward on a CPU"
+    if request.needs_lse:
+        return "returns no log-sum-exp on a CPU"
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16 on a CPU, not {request.dtype}"
+    return None
+
+
+def _kind(request: Request) -> tuple[Any, ...]:
+    """What makes dynamo compile anew: each kind gets a function, and a recompile budget, of its own."""
+    return (request.block, request.rule, request.per_row_lengths, request.needs_lse, request.needs_grad,
+            request.shared_heads, request.shared_batch, request.heads == request.kv_heads)  # fmt: skip
+
+
+def _flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_mask: Any,
+    scale: float,
+    grouped: bool,
+    needs_lse: bool,
+    options: dict[str, Any] | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    kwargs: dict[str, Any] = {"block_mask": block_mask, "scale": scale, "enable_gqa": grouped}
+    if options is not None:
+        kwargs["kernel_options"] = options
+    if not needs_lse:
+        return flex_attention(q, k, v, **kwargs), None
+    out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **kwargs)
+    return out, aux.lse
+
+
+@functools.cache
+def compiled_flex(
+    device: str, dtype: torch.dtype, head_dim: int, kind: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """A compiled `_flex` with a code object of its own.
+
+    fullgraph: on reaching the recompile limit this raises, where the default would run FlexAttention
+    eagerly, that is densely, and say nothing. The limit counts per code object, hence the copy.
+    """
+    copy = types.FunctionType(_flex.__code__.replace(), _flex.__globals__, f"flex_{head_dim}")
+    return torch.compile(copy, fullgraph=True)
+
+
+def _kernel_options(request: Request) -> dict[str, Any] | None:
+    if request.device_type != "cuda":
+        return None
+    # The kernel's tiles must divide the mask's blocks. A plain loop on Hopper is best with 128 x 64 tiles
+    # and 4 warps.
+    options: dict[str, Any] = {
+        "fwd_BLOCK_M": _largest(request.block[0], (128, 64, 32, 16)),
+        "fwd_BLOCK_N": _largest(request.block[1], (64, 32, 16)),
+    }
+    if request.head_dim <= 128 and not request.needs_grad:
+        options |= {"fwd_num_warps": 4, "fwd_num_stages": 3}
+    elif request.head_dim > 128:
+        options["fwd_BLOCK_M"] = _largest(request.block[0], (64, 32, 16))
+        options["fwd_num_stages"] = 2
+    return options
+
+
+def _largest(block: int, tiles: tuple[int, ...]) -> int | None:
+    return next((tile for tile in tiles if block % tile == 0), None)
+
+
+KERNEL = FlexKernel()

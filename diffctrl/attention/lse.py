@@ -1,0 +1,79 @@
+"""Log-sum-exp: merging partial attentions, and the pass that computes it where a kernel does not return it.
+
+Convention everywhere: natural log, fp32, (B, H, S), scale included, -inf for a row without keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def merge(
+    outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joins attentions of the same queries over disjoint sets of keys into the attention over all of them.
+
+    Args:
+        outs: each (B, S, H, D); fp32 partials keep the result exact, 16-bit ones cost one more rounding each.
+        lses: each (B, H, S), fp32.
+        dtype: of the result; that of outs[0] by default.
+
+    Returns:
+        out (B, S, H, D), lse (B, H, S) fp32. A row without any key has out 0 and lse -inf.
+
+    >>> one = torch.ones(1, 2, 1, 4), torch.zeros(1, 1, 2)
+    >>> two = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 2)
+    >>> out, lse = merge([one[0], two[0]], [one[1], two[1]])
+    >>> out[0, 0, 0].tolist(), round(lse[0, 0, 0].item(), 4)
+    ([0.5, 0.5, 0.5, 0.5], 0.6931)
+    """
+    if not outs or len(outs) != len(lses):
+        raise ValueError(
+            f"merge takes as many outs as lses, at least one; given were {len(outs)} and {len(lses)}."
+        )
+    for out, lse in zip(outs, lses, strict=True):
+        if out.shape != outs[0].shape or lse.shape != (out.shape[0], out.shape[2], out.shape[1]):
+            raise ValueError(
+                f"merge takes outs (B, S, H, D) of one shape and lses (B, H, S); given were "
+                f"{tuple(out.shape)} with {tuple(lse.shape)}, the first out is {tuple(outs[0].shape)}."
+            )
+    top = torch.stack(list(lses)).amax(0)
+    # -inf - (-inf) is NaN: a row that is empty in every part takes 0 as its maximum instead.
+    top = torch.where(top == float("-inf"), torch.zeros_like(top), top)
+    weights = [torch.exp(lse - top) for lse in lses]
+    total = torch.stack(weights).sum(0)
+    safe = torch.where(total == 0, torch.ones_like(total), total)
+    out = sum(
+        o.float() * (w / safe).transpose(1, 2).unsqueeze(-1) for o, w in zip(outs, weights, strict=True)
+    )
+    assert isinstance(out, torch.Tensor)
+    return out.to(dtype or outs[0].dtype), top + torch.log(total)
+
+
+def logsumexp_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    attn_mask: torch.Tensor | None = None,
+    rows: int = 256,
+) -> torch.Tensor:
+    """lse (B, H, Sq) of dense attention, from query (B, Sq, H, D) and key (B, Sk, Hkv, D), `rows` queries at
+    a time.
+
+    A second pass over Q and K, for kernels that do not return it: asking for it never changes the kernel that
+    computes the output. attn_mask: bool (True is attended) or additive, broadcastable to (B, H, Sq, Sk).
+    """
+    b, sq, h, _ = query.shape
+    keys = key.permute(0, 2, 3, 1).float()  # (B, Hkv, D, Sk)
+    groups = h // key.shape[2]
+    out = query.new_empty(b, h, sq, dtype=torch.float32)
+    for start in range(0, sq, rows):
+        part = query[:, start : start + rows].permute(0, 2, 1, 3).float()
+        scores = (part.unflatten(1, (-1, groups)) @ keys.unsqueeze(2)).flatten(1, 2) * scale
+        if attn_mask is not None:
+            bias = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., start : start + rows, :]
+            scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
+        out[..., start : start + rows] = torch.logsumexp(scores, -1)
+    return out
