@@ -1,7 +1,7 @@
 """Let a plain checkout find `diffctrl.processors`, `.pipelines`, `.scripts` and `.demo`.
 
 These four packages live in folders of the repository's root. A wheel and an editable install map them below
-`diffctrl`; a checkout in which nothing is installed, or whose root shadows an installed copy, does not. There,
+`diffctrl`; a checkout in which nothing is installed, or whose root shadows an installed copy, does not. There
 and only there, one meta-path finder answers the four exact names.
 """
 
@@ -16,7 +16,7 @@ _ROOT = _PACKAGE.parent
 
 
 class _CheckoutFinder:
-    """Finds the rooms of a checkout by exact name; everything below them is found through their `__path__`."""
+    """Finds the rooms of a checkout by exact name; what lies below them is found through their `__path__`."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: object = None

@@ -1,0 +1,118 @@
+"""`diffctrl info`: what a picture was made with, or what this installation can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffctrl.cli.output import complaints, quiet_libraries
+from diffctrl.cli.tables import as_text, new_table
+
+
+def info(
+    file: Annotated[Path | None, typer.Argument(help="A PNG file of `diffctrl generate`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the recipe of a picture; without a file, the embedded models, methods and model families."""
+    quiet_libraries()
+    with complaints():
+        if file is None:
+            _print_inventory(as_json)
+        else:
+            _print_recipe(file, as_json)
+
+
+def _print_recipe(file: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from diffctrl.drawing import png
+
+    recipe = png.read_recipe(file)
+    if as_json:
+        print(recipe.to_json())
+        return
+    table = new_table(file.name)
+    for name, value in _recipe_rows(recipe):
+        table.add_row(name, as_text(value))
+    Console().print(table)
+
+
+def _recipe_rows(recipe: Any) -> list[tuple[str, str]]:
+    controls = [
+        f"{spec.method}({', '.join(f'{name}={value}' for name, value in spec.settings.items())})"
+        for spec in recipe.controls
+    ]
+    weights = recipe.weights
+    size = f"{weights.bytes:,} bytes{', sampled' if weights.sampled else ''}"
+    scheduler = ", ".join(f"{k}={v}" for k, v in recipe.scheduler.items() if k != "class")
+    return [
+        ("prompt", recipe.prompt),
+        ("negative", recipe.negative or "-"),
+        ("model", recipe.model),
+        (
+            "weights",
+            f"sha256 {weights.sha256} ({size})",
+        ),
+        ("control", "\n".join(controls) or "none (stock)"),
+        ("compared", "with stock, side by side" if recipe.compare else "-"),
+        ("seed", str(recipe.seed)),
+        ("steps", str(recipe.steps)),
+        ("guidance scale", f"{recipe.guidance_scale:g}"),
+        ("height x width", f"{recipe.height} x {recipe.width}"),
+        ("text length", str(recipe.max_sequence_length or "the model's own")),
+        ("scheduler", f"{recipe.scheduler.get('class')}({scheduler})"),
+        ("device", f"{recipe.device}, {recipe.hardware}, {recipe.dtype}"),
+        ("threads", str(recipe.threads or "-")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in recipe.versions.items())),
+    ]
+
+
+def _inventory() -> dict[str, Any]:
+    from diffctrl import settings
+    from diffctrl.catalogue import FAMILIES
+    from diffctrl.methods import METHODS
+    from diffctrl.zoo import registry
+
+    return {
+        "models": {
+            name: {"kind": model.kind, "pipeline": model.pipeline, "description": model.description}
+            for name, model in registry.EMBEDDED.items()
+        },
+        "methods": {
+            name: {
+                "title": method.title,
+                "summary": method.summary,
+                "options": list(settings.field_types(method.config_class())),
+                "families": list(method.families or FAMILIES),
+                "paper": method.paper,
+                "licence": method.licence,
+            }
+            for name, method in METHODS.items()
+        },
+        "families": {name: {"title": f.title, "model": f.model} for name, f in FAMILIES.items()},
+    }
+
+
+def _print_inventory(as_json: bool) -> None:
+    from rich.console import Console
+
+    found = _inventory()
+    if as_json:
+        import json
+
+        print(json.dumps(found))
+        return
+    models = new_table("Embedded models", "name", "kind", "description")
+    for name, model in found["models"].items():
+        models.add_row(name, model["kind"], model["description"])
+    known = new_table("Methods", "name", "what you get", "options", "paper")
+    for name, method in found["methods"].items():
+        known.add_row(name, method["summary"], ", ".join(method["options"]), method["paper"])
+    families = new_table("Model families", "name", "models", "class")
+    for name, family in found["families"].items():
+        families.add_row(name, family["title"], family["model"])
+    console = Console()
+    for table in (models, known, families):
+        console.print(table)

@@ -1,0 +1,52 @@
+"""Where the commands write: results to stdout, progress and complaints to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from diffctrl.errors import BadRequestError
+
+
+@contextmanager
+def complaints() -> Iterator[None]:
+    """One sentence and exit code 2 for a bad request, 130 for Ctrl-C; anything else is a bug and shows."""
+    try:
+        yield
+    except BadRequestError as error:
+        say_error(f"diffctrl: {printable(str(error))}")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        say_error("diffctrl: stopped; unfinished files were not written")
+        raise typer.Exit(130) from None
+
+
+def say_error(line: str) -> None:
+    """One unwrapped line on stderr."""
+    print(line, file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text of foreign origin without control characters: it must not steer the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def quiet_libraries() -> None:
+    """Keep the notices of transformers and diffusers out of a command's output; before either is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def no_loading_bars() -> None:
+    """Switch off the bars that diffusers and transformers draw while they load; imports both."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,55 @@
+"""Two pictures side by side, each under a band that says what it is."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_LEAST_SIDE = 384
+_GAP = 12
+_TEXT_SIZE = 15
+_LINE = 20
+_PAPER, _INK, _TITLE = (250, 250, 250), (60, 60, 60), (10, 10, 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A picture with a title and lines of text below it."""
+
+    image: Image
+    title: str
+    lines: tuple[str, ...] = ()
+
+
+def side_by_side(panels: list[Panel]) -> Image:
+    """One picture of all panels, left to right; small pictures are enlarged by a whole factor."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height = panels[0].image.size
+    factor = max(1, -(-_LEAST_SIDE // min(width, height)))
+    width, height = width * factor, height * factor
+    title_font, font = ImageFont.load_default(_TEXT_SIZE + 2), ImageFont.load_default(_TEXT_SIZE)
+    texts = [_wrapped(panel, width) for panel in panels]
+    band = _GAP + _LINE * max(map(len, texts)) + _GAP // 2
+    sheet = Image.new("RGB", (len(panels) * (width + _GAP) + _GAP, _GAP + height + band), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for index, (panel, lines) in enumerate(zip(panels, texts, strict=True)):
+        left = _GAP + index * (width + _GAP)
+        enlarged = panel.image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (left, _GAP))
+        for row, line in enumerate(lines):
+            top = _GAP + height + _GAP // 2 + row * _LINE
+            pen.text((left, top), line, fill=_INK if row else _TITLE, font=font if row else title_font)
+    return sheet
+
+
+def _wrapped(panel: Panel, width: int) -> list[str]:
+    columns = max(20, width // (_TEXT_SIZE // 2 + 1))
+    lines = [panel.title]
+    for line in panel.lines:
+        lines += textwrap.wrap(line, columns, subsequent_indent="  ") or [""]
+    return lines

@@ -1,0 +1,261 @@
+"""A request becomes a plan: every value decided and checked, before any weights are loaded."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffctrl import methods, settings
+from diffctrl.drawing import prompts
+from diffctrl.drawing.recipe import ControlSpec, Recipe
+from diffctrl.drawing.source import ModelSource
+from diffctrl.errors import BadRequestError
+
+DEFAULT_MODEL = "shapes-sd3"
+STOCK = "none"
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a user asked for; None is "not said", and falls to the recipe, then to the model's own defaults.
+
+    Attributes:
+        methods: names in order; "none" alone asks for the stock model.
+        settings: (name, text) pairs; the name is "option" or "method.option".
+        count: pictures, with seeds that follow each other.
+    """
+
+    prompt: str | None = None
+    model: str | None = None
+    methods: tuple[str, ...] | None = None
+    settings: tuple[tuple[str, str], ...] = ()
+    negative: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    compare: bool | None = None
+    device: str | None = None
+    dtype: str | None = None
+    count: int = 1
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What will be drawn."""
+
+    source: ModelSource
+    prompt: str
+    negative: str | None
+    seeds: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    max_sequence_length: int | None
+    controls: tuple[ControlSpec, ...]
+    compare: bool
+    device: str
+    dtype: str
+    threads: int | None
+    warnings: tuple[str, ...] = field(default=())
+
+
+def make(request: Request) -> Plan:
+    """Decide every value, the cheapest checks first.
+
+    Raises:
+        BadRequestError: something cannot be done as asked.
+    """
+    recipe = request.recipe
+    prompt = _first(request.prompt, recipe and recipe.prompt)
+    if not prompt or not prompt.strip():
+        raise BadRequestError('there is no prompt; write one, as in `diffctrl generate "a red star"`')
+    controls = _controls(request)
+    compare = bool(_first(request.compare, recipe and recipe.compare))
+    if compare and not controls:
+        raise BadRequestError(
+            "--compare needs a method to set beside the stock model, as in --method softpag"
+        )
+    seeds = _seeds(_first(request.seed, recipe and recipe.seed, 0), request.count)
+    source = ModelSource.find(_first(request.model, recipe and recipe.model, DEFAULT_MODEL))
+    same_model = recipe if recipe is not None and recipe.model == source.name else None
+    height, width = _size(request, source, same_model)
+    device, dtype = _device(request, source, recipe)
+    defaults = _call_defaults(source)
+    steps = _first(request.steps, recipe and recipe.steps, defaults["num_inference_steps"])
+    guidance = _first(request.guidance_scale, recipe and recipe.guidance_scale, defaults["guidance_scale"])
+    longest = _first(same_model and same_model.max_sequence_length, defaults.get("max_sequence_length"))
+    negative = _first(request.negative, recipe and recipe.negative) or None
+    _check_numbers(steps, guidance)
+    _check_negative(source, negative, guidance)
+    warnings = prompts.check(source, prompt, longest)
+    if negative:
+        warnings += prompts.check(source, negative, longest, what="negative prompt")
+    _check_controls(source, controls)
+    return Plan(
+        source=source,
+        prompt=prompt,
+        negative=negative,
+        seeds=seeds,
+        steps=steps,
+        guidance_scale=float(guidance),
+        height=height,
+        width=width,
+        max_sequence_length=longest,
+        controls=controls,
+        compare=compare,
+        device=device,
+        dtype=dtype,
+        threads=recipe.threads if recipe is not None and device == "cpu" else None,
+        warnings=tuple(warnings),
+    )
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _controls(request: Request) -> tuple[ControlSpec, ...]:
+    """The methods with all of their settings; a recipe's settings stay unless its method is left out."""
+    recorded = {spec.method: spec.settings for spec in request.recipe.controls} if request.recipe else {}
+    names = tuple(recorded) if request.methods is None else request.methods
+    if STOCK in names:
+        if len(names) > 1:
+            raise BadRequestError(f"--method {STOCK} is the stock model and cannot be combined with {names}")
+        names = ()
+    found = {name: methods.find(name) for name in names}
+    if request.settings and not found:
+        raise BadRequestError(
+            f"--set {request.settings[0][0]} has no method to go to; add --method, one of "
+            f"{', '.join(sorted(methods.METHODS))}"
+        )
+    given = {name: dict(recorded.get(name, {})) for name in found}
+    classes = {name: method.config_class() for name, method in found.items()}
+    for key, text in request.settings:
+        name, option = _owner(key, classes)
+        given[name][option] = text
+    return tuple(
+        ControlSpec(method=name, settings=settings.as_plain(settings.parse(classes[name], values, of=name)))
+        for name, values in given.items()
+    )
+
+
+def _owner(key: str, classes: Mapping[str, type]) -> tuple[str, str]:
+    """(method, option) that `--set key=...` means."""
+    method, dot, option = key.partition(".")
+    if dot:
+        if method not in classes:
+            raise BadRequestError(f"--set {key} names the method {method!r}; in use: {', '.join(classes)}")
+        return method, option
+    owners = [name for name, kind in classes.items() if key in settings.field_types(kind)]
+    if len(owners) > 1:
+        raise BadRequestError(f"--set {key} fits {' and '.join(owners)}; write {owners[0]}.{key}")
+    return (owners or list(classes))[0], key  # an unknown option is named by the method's own check
+
+
+def _seeds(seed: int, count: int) -> tuple[int, ...]:
+    if count < 1:
+        raise BadRequestError(f"--num {count} is not a number of pictures; it starts at 1")
+    if not 0 <= seed <= 2**63 - count:
+        raise BadRequestError(f"--seed {seed} is not in the range of seeds, 0 to 2^63 - 1")
+    return tuple(range(seed, seed + count))
+
+
+def _size(request: Request, source: ModelSource, same_model: Recipe | None) -> tuple[int, int]:
+    rule = source.kind.size_rule(source.config)
+    own = _recommended(source)
+    default = own.get("height", rule.default[0]), own.get("width", rule.default[1])
+    height = _first(request.height, same_model and same_model.height, default[0])
+    width = _first(request.width, same_model and same_model.width, default[1])
+    rule.check(source.name, height=height, width=width)
+    return height, width
+
+
+def _recommended(source: ModelSource) -> dict[str, Any]:
+    if not source.embedded:
+        return {}
+    from diffctrl.zoo import registry
+
+    return dict(registry.recommended(source.name))
+
+
+def _call_defaults(source: ModelSource) -> dict[str, Any]:
+    """Arguments that nobody gave: the card's for an embedded model, else the pipeline class's."""
+    if own := _recommended(source):
+        return own
+    import diffusers
+
+    call = getattr(diffusers, source.config()["_class_name"]).__call__
+    return {name: parameter.default for name, parameter in inspect.signature(call).parameters.items()}
+
+
+def _device(request: Request, source: ModelSource, recipe: Recipe | None) -> tuple[str, str]:
+    """(device, dtype); the recipe's device where this machine has it."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    wanted = _first(request.device, recipe and recipe.device)
+    if wanted is None:
+        wanted = "cuda" if cuda and not source.embedded else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise BadRequestError(f"--device {wanted} is no device of torch; write cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not cuda):
+        raise BadRequestError(f"there is no device {wanted} on this machine; write --device cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise BadRequestError(f"there is no device {wanted}: this machine has {torch.cuda.device_count()}")
+    stock = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = _first(request.dtype, recipe and recipe.dtype, stock)
+    if dtype not in _DTYPES:
+        raise BadRequestError(f"--dtype {dtype} is not one of {', '.join(_DTYPES)}")
+    return str(device), dtype
+
+
+def _check_numbers(steps: int, guidance: float) -> None:
+    if steps < 1:
+        raise BadRequestError(f"--steps {steps} is not a number of steps; it starts at 1")
+    if not (math.isfinite(guidance) and guidance >= 0):
+        raise BadRequestError(f"--guidance-scale {guidance} is not a finite number >= 0")
+
+
+def _check_negative(source: ModelSource, negative: str | None, guidance: float) -> None:
+    if negative and not source.kind.takes_negative:
+        raise BadRequestError(
+            f"{source.name} is a {source.config()['_class_name']}, which reads no negative prompt"
+        )
+    if negative and guidance <= 1:
+        raise BadRequestError(
+            f"a negative prompt has no effect at --guidance-scale {guidance:g}: guidance is on above 1"
+        )
+
+
+def _check_controls(source: ModelSource, controls: tuple[ControlSpec, ...]) -> None:
+    """Try the controls on the model's architecture, made without memory for its weights."""
+    if not controls:
+        return
+    import diffusers
+    import torch
+
+    import diffctrl
+
+    component = source.kind.denoiser
+    model_class = getattr(diffusers, source.components()[component])
+    with torch.device("meta"):
+        model = model_class.from_config(source.config(component))
+    try:
+        diffctrl.apply(model, processors(controls)).remove()
+    except (ValueError, TypeError) as error:
+        raise BadRequestError(f"{source.name}: {error}") from None
+
+
+def processors(controls: tuple[ControlSpec, ...]) -> list[Any]:
+    """The processors of a plan's controls."""
+    return [methods.METHODS[spec.method].build(spec.settings) for spec in controls]
