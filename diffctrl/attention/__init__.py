@@ -6,6 +6,7 @@ call wants them.
 """
 
 from .api import attend
+from .capture import column_weights
 from .chain import KernelReport, Selection, kernel_report, select_kernel
 from .lists import BlockLists, DeviceLists
 from .lse import logsumexp_of, merge
@@ -20,6 +21,7 @@ __all__ = [
     "Rule",
     "Selection",
     "attend",
+    "column_weights",
     "kernel_report",
     "logsumexp_of",
     "merge",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from .chain import logger
+from .chain import note_fallback
 from .kernels.base import Operands
 from .kernels.sdpa import active_backend, stock_attention, stock_attention_with_lse
 from .lists import BlockLists, DeviceLists, origin_of
@@ -28,6 +28,7 @@ def attend(
     precision: Literal["native"] = "native",
     return_lse: bool = False,
     backend: str | None = None,
+    parallel_config: Any = None,
     kernel: str | None = None,
     stats: EngineStats | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +67,28 @@ def attend(
     """
     _check(query, key, value, mask, attn_mask, precision)
     if mask is None:
-        return _dense(query, key, value, attn_mask, scale, return_lse, backend, kernel, stats)
+        return _dense(
+            query, key, value, attn_mask, scale, return_lse, backend, parallel_config, kernel, stats
+        )
+    if parallel_config is not None:
+        raise ValueError(
+            "Block lists do not run under context parallelism yet: each rank would need its own lists. Use the mask "
+            "without enable_parallelism, or the parallel model without the mask."
+        )
+    return _sparse(query, key, value, mask, scale, return_lse, backend, kernel, stats)
+
+
+def _sparse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: BlockLists | DeviceLists,
+    scale: float | None,
+    return_lse: bool,
+    backend: str | None,
+    kernel: str | None,
+    stats: EngineStats | None,
+) -> Any:
     query, key, value = _autocast(query, key, value)
     resolved = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     needs_grad = _needs_grad(query, key, value)
@@ -75,16 +97,18 @@ def attend(
         out, lse = _call_op(query, key, value, lists, resolved, return_lse, needs_grad, kernel, stats)
         return (out, lse) if return_lse else out
     lengths = (query.shape[1], key.shape[1])
-    lists = origin_of(mask, lengths) if isinstance(mask, DeviceLists) else mask
-    _check_lists(lists, query, lengths)
-    if lists.is_full and kernel is None:
+    host = origin_of(mask, lengths) if isinstance(mask, DeviceLists) else mask
+    _check_lists(host, query, lengths)
+    if host.is_full and kernel is None:
         # Everything is attended: the dense kernel gives this, and exactly what the stock model gives.
-        return _dense(query, key, value, None, scale, return_lse, backend, None, stats)
-    if kernel is None and backend is not None:
-        _note_backend(backend, stats)
-    operands = Operands(query, key, value, resolved, lists)
-    out, lse = run_chain(operands, needs_lse=return_lse, needs_grad=needs_grad, kernel=kernel, stats=stats)
-    return (out, lse) if return_lse and lse is not None else out
+        return _dense(query, key, value, None, scale, return_lse, backend, None, None, stats)
+    if kernel is None and backend not in (None, "native"):
+        note_fallback(
+            f"the kernel chain instead of backend {active_backend(backend)!r}, which takes no lists", stats
+        )
+    operands = Operands(query, key, value, resolved, host)
+    result = run_chain(operands, needs_lse=return_lse, needs_grad=needs_grad, kernel=kernel, stats=stats)
+    return result if return_lse else result[0]
 
 
 def _dense(
@@ -95,12 +119,13 @@ def _dense(
     scale: float | None,
     return_lse: bool,
     backend: str | None,
+    parallel_config: Any,
     kernel: str | None,
     stats: EngineStats | None,
 ) -> Any:
     resolved = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     compiling = torch.compiler.is_compiling()
-    if kernel is not None or _engine_chooses(query, attn_mask, backend):
+    if kernel is not None or (parallel_config is None and _engine_chooses(query, attn_mask, backend)):
         query, key, value = _autocast(query, key, value)
         needs_grad = _needs_grad(query, key, value)
         if compiling:
@@ -115,9 +140,13 @@ def _dense(
         return (out, lse) if return_lse else out
     if stats is not None and not compiling:
         stats.record("sdpa" if active_backend(backend) == "native" else active_backend(backend))
-    if return_lse:
-        return stock_attention_with_lse(query, key, value, attn_mask, resolved, backend)
-    return stock_attention(query, key, value, attn_mask, scale, backend)
+    if not return_lse:
+        return stock_attention(query, key, value, attn_mask, scale, backend, parallel_config)
+    if parallel_config is not None:
+        raise ValueError(
+            "return_lse is not available under context parallelism: lse would be one rank's part."
+        )
+    return stock_attention_with_lse(query, key, value, attn_mask, resolved, backend)
 
 
 def _engine_chooses(query: torch.Tensor, attn_mask: torch.Tensor | None, backend: str | None) -> bool:
@@ -232,11 +261,3 @@ def _check_lists(lists: BlockLists, query: torch.Tensor, lengths: tuple[int, int
             raise ValueError(
                 f"The mask has lists for {size} {name}, the query has {actual}: sizes must be equal or 1."
             )
-
-
-def _note_backend(backend: str, stats: EngineStats | None) -> None:
-    """A dense backend cannot express block lists: the chain takes the call, and says so."""
-    text = f"block lists do not run on the dense attention backend {active_backend(backend)!r}"
-    if stats is not None:
-        stats.record_fallback(text)
-    logger.info("%s", text)

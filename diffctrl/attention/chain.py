@@ -142,6 +142,8 @@ def select_kernel(
         found = _SELECTED.get(key)
         if found is None:
             found = _forced(kernel, request, device) if kernel is not None else _first(request, device)
+            if len(_SELECTED) >= 4096:  # a server meets many lengths; choosing again is cheap
+                _SELECTED.clear()
             _SELECTED[key] = found
         return found
 
@@ -196,14 +198,18 @@ def tested(name: str, kernel: Kernel, request: Request, device: torch.device) ->
 
 
 def note(selection: Selection, stats: EngineStats | None) -> None:
-    """Counts the kernels that were passed over and logs each (kernel, reason) once per process."""
+    """Counts the kernels that were passed over."""
     for name, reason in selection.rejected:
-        text = f"{selection.kernel.name} instead of {name}, which {reason}"
-        if stats is not None:
-            stats.record_fallback(text)
-        if text not in _LOGGED:
-            _LOGGED.add(text)
-            logger.warning("Attention runs on %s", text)
+        note_fallback(f"{selection.kernel.name} instead of {name}, which {reason}", stats)
+
+
+def note_fallback(text: str, stats: EngineStats | None) -> None:
+    """Counts a fallback, and logs it once per process."""
+    if stats is not None:
+        stats.record_fallback(text)
+    if text not in _LOGGED:
+        _LOGGED.add(text)
+        logger.warning("Attention runs on %s", text)
 
 
 def kernel_report(

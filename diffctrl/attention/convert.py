@@ -179,39 +179,33 @@ def _merge_queries(
 # --- FlexAttention ------------------------------------------------------------------------------------------
 
 
-def to_flex(lists: BlockLists, device: torch.device, width: int | None = None) -> Any:
-    """The lists as a `BlockMask` whose full blocks carry n_valid-free keys and whose `mask_mod` is never
-    trivial.
+def to_flex(lists: BlockLists, device: torch.device, *, backward: bool = True) -> Any:
+    """The lists as a `BlockMask` whose `mask_mod` is never trivial, with transposed lists for a backward.
 
     FlexAttention evaluates `mask_mod` in partial blocks only. So with n_valid every block that is cut in some
-    batch row is passed as partial. Transposed lists are included (backward needs them).
+    batch row is passed as partial. Index tensors are as wide as there are blocks: the CPU's lowering insists
+    on it.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     full, partial = _flex_parts(lists)
-    nk = lists.n_k_blocks
-    tensors: list[torch.Tensor] = []
-    for counts, indices, size, cut in (
-        (*partial, nk, width),
-        (*full, nk, width),
-        (*transpose_lists(*partial, nk), lists.n_q_blocks, None),
-        (*transpose_lists(*full, nk), lists.n_q_blocks, None),
-    ):
-        indices = torch.nn.functional.pad(indices, (0, max((cut or size) - indices.shape[-1], 0)))
-        tensors += [counts.to(device), indices.contiguous().to(device)]
+    nq, nk = lists.n_q_blocks, lists.n_k_blocks
+    fields: dict[str, Any] = {}
+    for prefix, (counts, indices) in (("", partial), ("full_", full)):
+        fields[f"{prefix}kv_num_blocks"] = counts.to(device)
+        fields[f"{prefix}kv_indices"] = _widened(indices.to(device), nk)
+        q_counts, q_indices = transpose_lists(counts, indices, nk) if backward else (None, None)
+        fields[f"{prefix}q_num_blocks"] = None if q_counts is None else q_counts.to(device)
+        fields[f"{prefix}q_indices"] = None if q_indices is None else _widened(q_indices.to(device), nq)
     return BlockMask(
-        seq_lengths=lists.lengths,
-        kv_num_blocks=tensors[0],
-        kv_indices=tensors[1],
-        full_kv_num_blocks=tensors[2],
-        full_kv_indices=tensors[3],
-        q_num_blocks=tensors[4],
-        q_indices=tensors[5],
-        full_q_num_blocks=tensors[6],
-        full_q_indices=tensors[7],
-        BLOCK_SIZE=lists.block,
-        mask_mod=_mask_mod(lists, device),
+        seq_lengths=lists.lengths, BLOCK_SIZE=lists.block, mask_mod=_mask_mod(lists, device), **fields
     )
+
+
+def _widened(indices: torch.Tensor, width: int) -> torch.Tensor:
+    if indices.shape[-1] == 1:  # an empty partial list, most often: a view, no memory
+        return indices.expand(*indices.shape[:-1], width)
+    return torch.nn.functional.pad(indices, (0, width - indices.shape[-1]))
 
 
 def _flex_parts(

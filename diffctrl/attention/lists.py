@@ -7,7 +7,6 @@ expanded.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import threading
 import weakref
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .accounting import areas, digest_of, has_empty_rows, is_full
 from .rules import Rule
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class BlockLists:
     @property
     def digest(self) -> str:
         """Hash of the contents: equal masks have equal digests, in any process."""
-        return self._cached_value("digest", lambda: _digest(self))
+        return self._cached_value("digest", lambda: digest_of(self))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BlockLists) and self.digest == other.digest
@@ -127,20 +127,20 @@ class BlockLists:
     @property
     def is_full(self) -> bool:
         """True if every query attends every key, so that a dense kernel computes exactly this."""
-        return self._cached_value("is_full", lambda: _is_full(self))
+        return self._cached_value("is_full", lambda: is_full(self))
 
     @property
     def has_empty_rows(self) -> bool:
         """True if some query may end up without any key."""
-        return self._cached_value("has_empty_rows", lambda: _has_empty_rows(self))
+        return self._cached_value("has_empty_rows", lambda: has_empty_rows(self))
 
     def density(self) -> float:
         """Attended share of the real (query, key) pairs: tails and n_valid weighted, partial blocks whole."""
-        return self._cached_value("density", lambda: _areas(self)[0])
+        return self._cached_value("density", lambda: areas(self)[0])
 
     def kernel_density(self) -> float:
         """Listed blocks over all blocks, each counted as full: what a kernel that rounds up computes."""
-        return self._cached_value("kernel_density", lambda: _areas(self)[1])
+        return self._cached_value("kernel_density", lambda: areas(self)[1])
 
     # --- construction and conversion ------------------------------------------------------------------------
 
@@ -220,11 +220,11 @@ class BlockLists:
 
         return clipped(self)
 
-    def to_flex(self, device: torch.device | str = "cpu", width: int | None = None) -> Any:
-        """A FlexAttention `BlockMask` with a non-trivial `mask_mod`; index width NK unless given."""
+    def to_flex(self, device: torch.device | str = "cpu", *, backward: bool = True) -> Any:
+        """A FlexAttention `BlockMask` with a non-trivial `mask_mod`; `backward` adds the transposed lists."""
         from .convert import to_flex
 
-        return to_flex(self, torch.device(device), width)
+        return to_flex(self, torch.device(device), backward=backward)
 
     def to_fa4(self, arch: int, head_dim: int, *, allow_merge: bool = False) -> FA4Lists:
         """Plain CPU tensors in the block size that flash-attn-4 takes on this arch; see `FA4Lists`."""
@@ -247,7 +247,7 @@ class BlockLists:
         return self._cached_value((device.type, device.index, consumer), make)
 
     def ready(self, device: torch.device) -> DeviceLists | None:
-        """What `on` gave for this device, None if it was not called. For compiled code, which makes nothing."""
+        """What `on` gave for this device, else None. For compiled code, which makes nothing."""
         return self.host if device.type == "cpu" else self._cache.get((device.type, device.index, "lists"))
 
     def pin(self, device: torch.device | str) -> BlockLists:
@@ -343,59 +343,3 @@ def _any_size(tensor: torch.Tensor | None, dims: tuple[int, ...]) -> torch.Tenso
     if tensor is not None and dynamo is not None and hasattr(dynamo, "maybe_mark_dynamic"):
         dynamo.maybe_mark_dynamic(tensor, dims)
     return tensor
-
-
-def _digest(lists: BlockLists) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    rule = lists.rule
-    digest.update(repr((lists.block, lists.lengths, lists.order, rule and rule.kind)).encode())
-    tensors = [lists.counts, lists.indices, lists.n_valid, lists.partial_counts, lists.partial_indices]
-    for tensor in tensors + list(rule.tensors if rule else ()):
-        digest.update(b"-" if tensor is None else repr((tensor.dtype, tuple(tensor.shape))).encode())
-        if tensor is not None:
-            digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _is_full(lists: BlockLists) -> bool:
-    all_blocks = bool((lists.counts == lists.n_k_blocks).all())
-    return all_blocks and (lists.n_valid is None or bool((lists.n_valid == lists.lengths[1]).all()))
-
-
-def _has_empty_rows(lists: BlockLists) -> bool:
-    if lists.partial_counts is not None:  # what a rule leaves of a block is not known block-wise
-        return not bool((lists.counts > 0).all()) or lists.n_valid is not None
-    if lists.n_valid is None:
-        return not bool((lists.counts > 0).all())
-    reached = lists.n_valid.view(-1, 1, 1) > lists.indices[..., 0] * lists.block[1]
-    return not bool(((lists.counts > 0) & reached).all())
-
-
-def _areas(lists: BlockLists) -> tuple[float, float]:
-    """(density, kernel_density)."""
-    (bq, bk), (sq, sk) = lists.block, lists.lengths
-    heights = (sq - torch.arange(lists.n_q_blocks) * bq).clamp(max=bq)
-    starts = torch.arange(lists.n_k_blocks) * bk
-    limits = torch.tensor([sk]) if lists.n_valid is None else lists.n_valid.long()
-    parts = [(lists.counts, lists.indices)]
-    if lists.partial_counts is not None and lists.partial_indices is not None:
-        parts.append((lists.partial_counts, lists.partial_indices))
-    area = possible = 0
-    for b, limit in enumerate(limits.tolist()):
-        widths = (limit - starts).clamp(0, bk)
-        possible += lists.heads * sq * limit
-        # All batch rows share a single limit when n_valid is None: then every stored row counts.
-        rows = (
-            slice(None)
-            if lists.n_valid is None
-            else slice(b % lists.counts.shape[0], b % lists.counts.shape[0] + 1)
-        )
-        for counts, indices in parts:
-            used = torch.arange(indices.shape[-1]) < counts[rows].unsqueeze(-1)
-            covered = (widths[indices[rows].long()] * used).sum(-1)
-            area += int((covered * heights).sum())
-    if lists.n_valid is None:
-        possible *= lists.counts.shape[0]
-    listed = sum(int(counts.sum(dtype=torch.int64)) for counts, _ in parts)
-    blocks = lists.counts.numel() * lists.n_k_blocks
-    return (area / possible if possible else 0.0), listed / blocks

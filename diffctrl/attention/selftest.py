@@ -211,7 +211,7 @@ def _compare_grads(kernel: Kernel, request: Request, operands: Operands) -> tupl
 def _perturbed(
     kernel: Kernel, request: Request, operands: Operands, mask: BlockLists, out: torch.Tensor
 ) -> str | None:
-    """Changes one key and value in a middle block, then in the cut one: just the rows that list it must move."""
+    """Changes one key and value in a middle block, then in the cut one: just the rows with it must move."""
     element_mask = mask.to_dense_bool()
     for token in (request.block[1] + 1, request.k_len - 1):
         key, value = operands.key.detach().clone(), operands.value.detach().clone()

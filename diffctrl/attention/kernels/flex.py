@@ -1,4 +1,4 @@
-"""Block-sparse attention by compiled FlexAttention. Never eager: uncompiled it ignores the lists, runs dense."""
+"""Block-sparse attention by compiled FlexAttention. Never eager: that ignores the lists and runs dense."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class FlexKernel:
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
         mask, device = operands.mask, operands.query.device
         assert mask is not None
-        block_mask = mask.cached(device, "flex", lambda: mask.to_flex(device))
+        backward = request.needs_grad
+        block_mask = mask.cached(device, f"flex {backward}", lambda: mask.to_flex(device, backward=backward))
         q, k, v = (t.transpose(1, 2) for t in (operands.query, operands.key, operands.value))
         run = compiled_flex(str(device), request.dtype, request.head_dim, _kind(request))
         options = _kernel_options(request)

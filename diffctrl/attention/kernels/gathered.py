@@ -110,7 +110,7 @@ def _block_rows(tensor: torch.Tensor, block: int, n_blocks: int) -> torch.Tensor
 
 
 def _budget(device: torch.device) -> int:
-    return max(2, torch.get_num_threads()) * CPU_BUDGET_PER_THREAD if device.type == "cpu" else GPU_BUDGET
+    return torch.get_num_threads() * CPU_BUDGET_PER_THREAD if device.type == "cpu" else GPU_BUDGET
 
 
 def _chunks(layout: _Layout, query: torch.Tensor, pair_bytes: int) -> tuple[Chunk, ...]:
@@ -142,10 +142,14 @@ class _Gather:
 
 
 def _take_kv(gather: _Gather, name: str, rows: torch.Tensor, chunk: Chunk, dim: int) -> torch.Tensor:
-    if chunk.in_place:
-        start = int(chunk.kv_index[0])
-        return rows[start : start + chunk.kv_blocks].view(1, -1, dim)[:, : chunk.kv_rows]
+    if chunk.start is not None:
+        return rows[chunk.start : chunk.start + chunk.kv_blocks].view(1, -1, dim)[:, : chunk.kv_rows]
     return gather.take(name, rows, chunk.kv_index, chunk.items, chunk.kv_rows, dim)
+
+
+def _rule_on(mask: BlockLists, device: torch.device) -> Rule | None:
+    lists = mask.on(device)
+    return None if lists.rule_kind is None else Rule(lists.rule_kind, lists.rule_tensors)
 
 
 def _allowed(chunk: Chunk, mask: BlockLists, rule: Rule | None) -> torch.Tensor | None:
@@ -169,7 +173,7 @@ def gathered_forward(
     layout = _layout(query, key, mask)
     dim, bq = layout.dim, mask.block[0]
     q, k, v = layout.q_rows(query), layout.kv_rows(key), layout.kv_rows(value)
-    rule = None if mask.rule is None else mask.rule.to(query.device)
+    rule = _rule_on(mask, query.device)
     # Rows that no chunk covers have no keys: out 0, lse -inf.
     out = torch.zeros_like(q)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -218,7 +222,7 @@ def gathered_backward(
     lse_rows = layout.q_rows(lse.to(work).transpose(1, 2).unsqueeze(-1))
     dq = torch.zeros_like(q)
     dk, dv = torch.zeros_like(k, dtype=work), torch.zeros_like(v, dtype=work)
-    rule = None if mask.rule is None else mask.rule.to(query.device)
+    rule = _rule_on(mask, query.device)
     gather = _Gather()
     for chunk in _chunks(layout, query, 3 * work.itemsize):
         qs, gos, deltas, lses = (

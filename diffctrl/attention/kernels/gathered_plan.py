@@ -39,9 +39,9 @@ class Chunk:
 
     q_index int64 (items * q_blocks,): rows of Q as (B * H * NQ, bq * D). kv_index int64 (items *
     kv_blocks,): rows of K as (B * Hkv * NK, bk * D). The last block of either kind may be cut: q_rows <=
-    q_blocks * bq. in_place: the key blocks of the single item are consecutive. rows int64 (items, 2) =
-    (batch row, first query block) and partial bool (items, kv_blocks) are given where an element rule
-    applies.
+    q_blocks * bq. start: first row of K of the single item whose key blocks are consecutive, else None. rows
+    int64 (items, 2) = (batch row, first query block) and partial bool (items, kv_blocks) are given where an
+    element rule applies.
     """
 
     items: int
@@ -51,7 +51,7 @@ class Chunk:
     kv_rows: int
     q_index: torch.Tensor
     kv_index: torch.Tensor
-    in_place: bool = False
+    start: int | None = None
     rows: torch.Tensor | None = None
     partial: torch.Tensor | None = None
 
@@ -61,7 +61,7 @@ class Chunk:
 
         return Chunk(
             self.items, self.q_blocks, self.kv_blocks, self.q_rows, self.kv_rows,
-            self.q_index.to(device), self.kv_index.to(device), self.in_place, move(self.rows),
+            self.q_index.to(device), self.kv_index.to(device), self.start, move(self.rows),
         move(self.partial), )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Items:
-    """Columns of the item table, all int64 (N,): batch row, head, first query block and so on; `row` is the list."""
+    """Columns of the item table, int64 (N,): batch row, head, first query block, ...; `row` is the list."""
 
     batch: torch.Tensor
     head: torch.Tensor
@@ -201,7 +201,7 @@ def _chunks_of_shape(
                     kv_rows,
                     q_index[part].flatten(),
                     kv_index[part].flatten(),
-                    consecutive,
+                    int(kv_index[part[0], 0]) if consecutive else None,
                     None if where is None else where[part],
                     None if partial is None else partial[part],
                 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +29,7 @@ def stock_attention(
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
+    parallel_config: Any = None,
 ) -> torch.Tensor:
     """(B, S, H, D) in and out. Bitwise what a stock attention processor gives: it makes this very call."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -39,6 +42,7 @@ def stock_attention(
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
         backend=backend,  # type: ignore[arg-type]  # the dispatcher takes names too
+        parallel_config=parallel_config,
     )
 
 
