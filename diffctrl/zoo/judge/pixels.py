@@ -1,0 +1,112 @@
+"""What single pixels say: which palette colour, white, black, or the background."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffctrl.zoo.worlds.vocabulary import COLOUR_RGB
+
+from .ground import Ground
+from .regions import filled, grow, majority, regions
+
+Array = np.ndarray
+FOREGROUND = 0.13  # distance from the background's tones, RGB in [0, 1]
+CHROMA = 0.20
+FRAME = 2  # pixels along the frame that cannot be an object: decoders leave stray ones there
+SMALLEST = 60  # pixels of a region that can be an object; the smallest object has about 200
+
+
+def _hue(rgb: Array) -> Array:
+    """Hue in [0, 6) of (..., 3): unchanged by mixing with white or black, so by patterns and light."""
+    high, low = rgb.max(-1), rgb.min(-1)
+    span = np.maximum(high - low, 1e-6)
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    hue = np.where(
+        high == red,
+        (green - blue) / span,
+        np.where(high == green, 2 + (blue - red) / span, 4 + (red - green) / span),
+    )
+    return hue % 6
+
+
+_PALETTE_HUE = _hue(np.asarray(COLOUR_RGB))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pixels:
+    """Masks and maps (H, W) of one picture.
+
+    Attributes:
+        foreground: differs from the background; never along the frame.
+        colour: index of the palette colour by hue, -1 where there is none (too gray, or background).
+        white, black: gray pixels at the two ends. value, saturation: HSV.
+    """
+
+    rgb: Array
+    foreground: Array
+    colour: Array
+    white: Array
+    black: Array
+    value: Array
+
+
+def classify(rgb: Array, ground: Ground) -> Pixels:
+    """Sort the pixels of a picture (H, W, 3)."""
+    value, low = rgb.max(-1), rgb.min(-1)
+    foreground = ground.distance > FOREGROUND
+    foreground[:FRAME] = foreground[-FRAME:] = False
+    foreground[:, :FRAME] = foreground[:, -FRAME:] = False
+    hue = _hue(rgb)
+    apart = np.abs((hue[..., None] - _PALETTE_HUE + 3) % 6 - 3)
+    colourful = (value - low > CHROMA) & (ground.distance > FOREGROUND)
+    saturation = (value - low) / np.maximum(value, 1e-3)
+    return Pixels(
+        rgb=rgb,
+        foreground=foreground,
+        colour=np.where(colourful, apart.argmin(-1), -1),
+        white=(saturation < 0.27) & (value > 0.45),
+        black=value < 0.28,
+        value=value,
+    )
+
+
+def objects_in(pixels: Pixels) -> list[Array]:
+    """Filled foreground regions, largest first, that are large enough to be objects.
+
+    Filled before they are smoothed: on a background of the stripes' tone only a rim of a pixel closes a shape, and
+    the majority that removes specks and whiskers would break it.
+    """
+    whole = (majority(filled(region)) for region in regions(pixels.foreground, SMALLEST // 3))
+    return sorted((mask for mask in whole if mask.sum() >= SMALLEST), key=lambda mask: -int(mask.sum()))
+
+
+def colours_in(pixels: Pixels, ground: Ground, region: Array, *, most: int = 2) -> list[int]:
+    """Palette colours of a region that are no blends of others, the one with the largest area first."""
+    counts = {}
+    for colour in np.unique(pixels.colour[region]):
+        if colour >= 0:
+            area = region & (pixels.colour == colour)
+            core = area & ~grow(~area)
+            if core.sum() >= 8:
+                counts[int(colour)] = (int(area.sum()), np.median(pixels.rgb[core], axis=0), core)
+    found: list[int] = []
+    anchors = list(ground.tones)
+    for colour, (_, median, core) in sorted(counts.items(), key=lambda item: -item[1][0]):
+        if len(found) == most:
+            break
+        if found and _blended(pixels.rgb[core], anchors):
+            continue
+        found.append(colour)
+        anchors.append(median)
+    return found
+
+
+def _blended(rgb: Array, anchors: list[Array]) -> bool:
+    """Whether most of these pixels (P, 3) are mixtures of two anchor colours: the ramp of a soft edge."""
+    near = np.zeros(len(rgb), dtype=bool)
+    for first in range(len(anchors)):
+        for second in range(first + 1, len(anchors)):
+            span = anchors[second] - anchors[first]
+            part = ((rgb - anchors[first]) @ span / max(float(span @ span), 1e-6)).clip(0, 1)
+            near |= np.linalg.norm(rgb - anchors[first] - part[:, None] * span, axis=-1) < 0.10
+    return near.mean() > 0.6
