@@ -1,0 +1,21 @@
+"""Ready pipelines: a stock pipeline of diffusers plus a method. Imported when they are asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffctrl.pipelines.softpag import StableDiffusion3SoftPAGPipeline
+
+__all__ = ["StableDiffusion3SoftPAGPipeline"]
+
+_PLACES = {"StableDiffusion3SoftPAGPipeline": "diffctrl.pipelines.softpag"}
+
+
+def __getattr__(name: str) -> Any:
+    # One pipeline class imports its whole family of diffusers; a user wants one of them.
+    if name in _PLACES:
+        from importlib import import_module
+
+        return getattr(import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'diffctrl.pipelines' has no attribute {name!r}")

@@ -1,0 +1,111 @@
+"""The ready SD3 pipeline: stock at u=0, `diffctrl.apply` by hand otherwise."""
+
+import inspect
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from tests import tiny
+
+import diffctrl
+from diffctrl.pipelines import StableDiffusion3SoftPAGPipeline
+from diffctrl.processors import NeutralAttnProcessor, SoftPAGAttnProcessor, SoftPAGConfig
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return tiny.sd3_pipeline()
+
+
+@pytest.fixture
+def guided(stock):
+    return StableDiffusion3SoftPAGPipeline(**stock.components)
+
+
+def _by_hand(pipe, processor, **call):
+    with diffctrl.apply(pipe, processor):
+        return tiny.latents(pipe, **call)
+
+
+def test_no_strength_is_stock(stock, guided):
+    assert torch.equal(tiny.latents(guided, u=0.0), tiny.latents(stock))
+
+
+def test_settings_of_a_call_equal_apply_by_hand(stock, guided):
+    processor = SoftPAGAttnProcessor("L1", u=0.7, w=2.0)
+    wanted = _by_hand(stock, processor)
+    assert torch.equal(tiny.latents(guided, heads="L1", u=0.7, w=2.0), wanted)
+    assert not torch.equal(wanted, tiny.latents(stock))
+
+
+def test_a_bare_call_guides_with_the_defaults(stock, guided):
+    assert torch.equal(tiny.latents(guided), _by_hand(stock, SoftPAGAttnProcessor()))
+
+
+def test_installed_processor_stays_until_it_is_taken_off(guided):
+    fresh = tiny.sd3_pipeline()  # the same weights in objects of its own
+    processor = SoftPAGAttnProcessor("L0H1", u=1.0)
+    before = {name: module.processor for name, module in _attention(guided)}
+    guided.set_attn_processor(processor)
+    assert torch.equal(tiny.latents(guided), _by_hand(fresh, processor))
+    assert guided.control is not None
+    guided.set_attn_processor(None)
+    assert guided.control is None
+    assert {name: module.processor for name, module in _attention(guided)} == before
+    assert torch.equal(tiny.latents(guided, u=0.0), tiny.latents(fresh))
+
+
+def test_settings_of_a_call_change_the_installed_processor_once(guided):
+    guided.set_attn_processor(SoftPAGAttnProcessor("L1", u=0.3))
+    try:
+        usual = tiny.latents(guided)
+        other = tiny.latents(guided, u=0.9)
+        assert not torch.equal(usual, other)
+        assert torch.equal(tiny.latents(guided), usual)
+        assert guided.control.controls[0].config == SoftPAGConfig(heads="L1", u=0.3)
+    finally:
+        guided.set_attn_processor(None)
+
+
+def test_refused_processor_leaves_the_installed_one(guided):
+    processor = SoftPAGAttnProcessor("L1")
+    guided.set_attn_processor(processor)
+    try:
+        with pytest.raises(ValueError, match="L9"):
+            guided.set_attn_processor(SoftPAGAttnProcessor("L9"))
+        assert guided.control.controls == (processor,)
+    finally:
+        guided.set_attn_processor(None)
+
+
+def test_failing_call_restores_the_model(guided):
+    before = {name: module.processor for name, module in _attention(guided)}
+    with pytest.raises(ValueError, match="divisible"):
+        tiny.latents(guided, u=0.5, height=33)
+    assert {name: module.processor for name, module in _attention(guided)} == before
+
+
+def test_apply_from_outside_rules(guided):
+    processor = NeutralAttnProcessor()
+    with diffctrl.apply(guided, processor):
+        assert torch.equal(tiny.latents(guided), _by_hand(tiny.sd3_pipeline(), processor))
+
+
+def test_saved_pipeline_is_a_stock_one(guided, stock, tmp_path):
+    guided.save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusion3Pipeline
+    again = StableDiffusion3SoftPAGPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(tiny.latents(again, u=0.0), tiny.latents(stock))
+
+
+def test_signature_names_the_stock_arguments_and_the_settings():
+    parameters = inspect.signature(StableDiffusion3SoftPAGPipeline.__call__).parameters
+    assert list(inspect.signature(StableDiffusion3Pipeline.__call__).parameters) == list(parameters)[:-6]
+    assert list(parameters)[-6:] == ["heads", "u", "w", "scope", "start_fraction", "stop_fraction"]
+
+
+def _attention(pipe):
+    return [
+        (name, module) for name, module in pipe.transformer.named_modules() if hasattr(module, "processor")
+    ]
