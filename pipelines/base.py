@@ -31,7 +31,7 @@ class ControlledPipelineMixin:
         """Control every call from now on.
 
         Args:
-            processor: one processor of `diffctrl.processors`, a list that composes, or None for the stock model.
+            processor: one processor of `diffctrl.processors`, a list that composes, or None for stock.
 
         Raises:
             TypeError, ValueError: as `diffctrl.apply`; what was installed before stays.

@@ -38,8 +38,8 @@ class StableDiffusion3SoftPAGPipeline(ControlledPipelineMixin, StableDiffusion3P
         """The stock call, guided.
 
         Args:
-            heads, u, w, scope, start_fraction, stop_fraction: as in `SoftPAGConfig`, for this call; what is left
-                out comes from the installed processor, or is the default where none is installed. u=0 is stock.
+            heads, u, w, scope, start_fraction, stop_fraction: as in `SoftPAGConfig`, for this call; what is
+                left out comes from the installed processor, or is the default without one. u=0 is stock.
             args, kwargs: of `StableDiffusion3Pipeline.__call__`.
         """
         named = {

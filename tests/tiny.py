@@ -1,4 +1,4 @@
-"""A real StableDiffusion3Pipeline of a few thousand parameters, with random weights: for wiring, not for pictures."""
+"""A real, very small StableDiffusion3Pipeline with random weights: for wiring, not for pictures."""
 
 from __future__ import annotations
 

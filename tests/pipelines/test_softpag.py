@@ -5,11 +5,11 @@ import inspect
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from tests import tiny
 
 import diffctrl
 from diffctrl.pipelines import StableDiffusion3SoftPAGPipeline
 from diffctrl.processors import NeutralAttnProcessor, SoftPAGAttnProcessor, SoftPAGConfig
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
