@@ -11,6 +11,7 @@ from diffctrl.zoo import worlds
 from diffctrl.zoo.models import ImageParts, image_scheduler
 from diffctrl.zoo.tokenizers import WordTokens
 
+from .evaluation_image import named_facts
 from .training_image_forward import TRAIN_TIMESTEPS, TrainingForward
 
 
@@ -139,8 +140,8 @@ def judged_line(images: np.ndarray, captions: list[str], kinds: list[str]) -> st
     for image, caption, kind in zip(images, captions, kinds, strict=True):
         verdict = judge.check(torch.from_numpy(image).float() / 255.0, judge.parse(caption))
         exact.setdefault(kind, []).append(bool(verdict.exact))
-        for name, right in verdict.facts.items():
-            facts.setdefault(name, []).append(bool(right))
+        for name, right in named_facts(verdict):
+            facts.setdefault(name, []).append(right)
     parts = [f"{kind} exact {_share(values)}" for kind, values in exact.items()]
     return "  ".join(parts + [f"{name} {_share(values)}" for name, values in sorted(facts.items())])
 
