@@ -14,7 +14,7 @@ from diffctrl.zoo.worlds.vocabulary import BACKGROUNDS, COLOURS, DARK_BACKGROUND
 
 from .ground import Ground
 from .hidden import fit_hidden
-from .pixels import FOREGROUND, Pixels, colours_in
+from .pixels import FOREGROUND, Pixels
 from .reading import Instance
 from .regions import filled, grow, spread
 from .templates import Match, located, overlaps, shape_bank
@@ -36,37 +36,54 @@ class Part:
     behind: bool = False
 
 
-def split(pixels: Pixels, ground: Ground, region: Array) -> list[Part]:
-    """The one or two shapes of a connected region; two if it has two colours. The one in front comes first."""
-    everywhere = np.ones_like(region)
-    colours = colours_in(pixels, ground, region)
-    if len(colours) < 2:
-        return (
-            [Part(colour=colours[0], match=_outer(region), free=everywhere, clear=everywhere)]
-            if colours
-            else []
-        )
-    labels = np.zeros(region.shape, dtype=np.int32)
-    for number, colour in enumerate(colours, start=1):
-        labels[region & (pixels.colour == colour)] = number
-    labels = spread(_without_specks(labels), region)
-    masks = [filled(labels == number) for number in (1, 2)]
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outlines:
+    """The one or two colours of a region and the filled silhouette of each, with its match; the front one first.
+
+    `labels` (H, W) int32 says which silhouette a pixel belongs to, from 1; 0 is none.
+    """
+
+    colours: list[int]
+    masks: list[Array]
+    matches: list[Match]
+    labels: Array
+
+    @property
+    def likeness(self) -> float:
+        """How much the silhouettes look like shapes: their IoU, weighted by area."""
+        areas = [float(mask.sum()) for mask in self.masks]
+        return sum(match.iou * area for match, area in zip(self.matches, areas, strict=True)) / sum(areas)
+
+
+def outlines(pixels: Pixels, region: Array, colours: list[int]) -> Outlines:
+    """Divide a connected region between its one or two palette colours."""
+    labels = region.astype(np.int32)
+    masks = [region]
+    if len(colours) > 1:
+        labels = np.zeros(region.shape, dtype=np.int32)
+        for number, colour in enumerate(colours, start=1):
+            labels[region & (pixels.colour == colour)] = number
+        labels = spread(_without_specks(labels), region & pixels.foreground)
+        masks = [filled(labels == number) for number in (1, 2)]
     matches = [_outer(mask) for mask in masks]
-    front = int(matches[1].iou > matches[0].iou)
-    back = 1 - front
-    free = ~masks[front]
+    if len(colours) > 1 and matches[1].iou > matches[0].iou:  # what is hidden in part fits worse
+        labels = np.where(labels > 0, 3 - labels, 0)
+        return Outlines(colours=colours[::-1], masks=masks[::-1], matches=matches[::-1], labels=labels)
+    return Outlines(colours=colours, masks=masks, matches=matches, labels=labels)
+
+
+def split(pixels: Pixels, region: Array, found: Outlines) -> list[Part]:
+    """The shapes of a region, the front one first; the one behind is fitted to what can be seen of it."""
+    everywhere = np.ones_like(region)
+    if len(found.colours) < 2:
+        return [Part(colour=found.colours[0], match=found.matches[0], free=everywhere, clear=everywhere)]
+    front, back = found.masks
     # Background that shows inside the pair is a ring's hole or a white stripe on white: it says nothing here.
     unknown = region & ~pixels.foreground
-    hidden = fit_hidden((labels == back + 1) & free, free & ~unknown)
+    hidden = fit_hidden((found.labels == 2) & ~front, ~front & ~unknown)
     return [
-        Part(colour=colours[front], match=matches[front], free=everywhere, clear=~grow(masks[back], 3)),
-        Part(
-            colour=colours[back],
-            match=hidden,
-            free=~grow(masks[front], 2),
-            clear=~grow(masks[front], 4),
-            behind=True,
-        ),
+        Part(colour=found.colours[0], match=found.matches[0], free=everywhere, clear=~grow(back, 3)),
+        Part(colour=found.colours[1], match=hidden, free=~grow(front, 2), clear=~grow(front, 4), behind=True),
     ]
 
 
@@ -81,7 +98,7 @@ def _without_specks(labels: Array) -> Array:
 
 def _outer(mask: Array) -> Match:
     bank = shape_bank()
-    scores, place = overlaps(mask, bank)
+    scores, place = overlaps(bank, mask)
     best = int(scores.argmax())
     return located(bank, best, float(scores[best]), place)
 

@@ -26,13 +26,15 @@ class Bank:
     """T templates.
 
     Attributes:
-        rows: (T, GRID * GRID) float32, soft silhouettes. names: T tuples, what each one shows.
+        rows: (T, C * GRID * GRID) float32, soft silhouettes; C = 2 where a second channel shows the hat alone.
+        norms: (T,), their sums of squares. names: T tuples, what each one shows.
         angle, mirror, scale: (T,) float; `scale` is radii per normalised unit. centre: (T, 2), the normalised
             silhouette's centroid in the object's frame, upright, in radii. offset: (T,), how far outside the zero
             line the silhouette ends, in radii.
     """
 
     rows: Array
+    norms: Array
     names: list[tuple[str, ...]]
     angle: Array
     mirror: Array
@@ -80,30 +82,30 @@ def _sample(picture: Array, x: Array, y: Array) -> Array:
     return (above * (1 - fy) + below * fy).astype(np.float32)
 
 
-def normalise(mask: Array) -> tuple[Array, tuple[float, float, float]]:
-    """Move and scale a mask (H, W) to the normal position.
+def normalise(mask: Array, *more: Array) -> tuple[Array, tuple[float, float, float]]:
+    """Move and scale a mask (H, W) to the normal position, and `more` masks of the same size along with it.
 
     Returns:
-        (GRID * GRID,) float32, and (x, y, unit): where the origin lies and how long the unit is, in pixels.
+        (C * GRID * GRID,) float32 for C masks, and (x, y, unit): where the origin lies and how long the unit is, in pixels.
     """
     weights = mask.astype(np.float32)
     y, x = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]].astype(np.float32) + 0.5
     cx, cy, area = _moments(weights, x, y)
     unit = math.sqrt(area / math.pi)
     line = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * REACH * unit
-    return _sample(weights, (cx + line)[None, :], (cy + line)[:, None]).ravel(), (cx, cy, unit)
+    pictures = (weights, *(other.astype(np.float32) for other in more))
+    rows = [_sample(picture, (cx + line)[None, :], (cy + line)[:, None]).ravel() for picture in pictures]
+    return np.concatenate(rows), (cx, cy, unit)
 
 
 _SOURCE = 96  # pixels across the window in which a template is drawn before it is normalised
 _WINDOW = 1.5  # its half-width in radii
 
 
-def _template(
-    distance: torch.Tensor, angle: float, mirror: float, offset: float
-) -> tuple[Array, float, float, float]:
+def _template(distances: tuple[torch.Tensor, ...], offset: float) -> tuple[Array, float, float, float]:
+    """Row, scale and centre of a template drawn from the distances of its channels."""
     pixel = 2 * _WINDOW / _SOURCE
-    cover = (0.5 - (distance.numpy() - offset) / pixel).clip(0, 1)
-    row, (x, y, unit) = normalise(cover)
+    row, (x, y, unit) = normalise(*((0.5 - (part.numpy() - offset) / pixel).clip(0, 1) for part in distances))
     return row, unit * pixel, (x - _SOURCE / 2) * pixel, (y - _SOURCE / 2) * pixel
 
 
@@ -114,16 +116,24 @@ def _canvas(angle: float, mirror: float) -> tuple[torch.Tensor, torch.Tensor]:
     return (x * cosine + y * sine) * mirror, y * cosine - x * sine
 
 
-def _bank(entries: list[tuple[tuple[str, ...], float, float, float, torch.Tensor]]) -> Bank:
-    drawn = [_template(distance, angle, mirror, offset) for _, angle, mirror, offset, distance in entries]
+_Entry = tuple[
+    tuple[str, ...], float, float, float, tuple[torch.Tensor, ...]
+]  # names, angle, mirror, offset, channels
+
+
+def _bank(entries: list[_Entry]) -> Bank:
+    names, angles, mirrors, offsets, channels = zip(*entries, strict=True)
+    drawn = [_template(parts, offset) for parts, offset in zip(channels, offsets, strict=True)]
+    rows = np.stack([row for row, *_ in drawn])
     return Bank(
-        rows=np.stack([row for row, *_ in drawn]),
-        names=[names for names, *_ in entries],
-        angle=np.array([angle for _, angle, *_ in entries]),
-        mirror=np.array([mirror for _, _, mirror, *_ in entries]),
+        rows=rows,
+        norms=np.square(rows).sum(1),
+        names=list(names),
+        angle=np.array(angles),
+        mirror=np.array(mirrors),
         scale=np.array([scale for _, scale, *_ in drawn]),
         centre=np.array([(x, y) for _, _, x, y in drawn]),
-        offset=np.array([offset for *_, offset, _ in entries]),
+        offset=np.array(offsets),
     )
 
 
@@ -137,9 +147,9 @@ def shape_bank() -> Bank:
         for name in OUTER_SHAPES:
             if name == "circle":  # any turn and, after scaling, any edge gives the same disc
                 if not degrees:
-                    entries.append(((name,), 0.0, 1.0, 0.0, distances[name]))
+                    entries.append(((name,), 0.0, 1.0, 0.0, (distances[name],)))
                 continue
-            entries += [((name,), angle, 1.0, offset, distances[name]) for offset in (0.0, 0.08, 0.16)]
+            entries += [((name,), angle, 1.0, offset, (distances[name],)) for offset in (0.0, 0.08, 0.16)]
     return _bank(entries)
 
 
@@ -163,7 +173,9 @@ def character_bank() -> Bank:
                     if mirror < 0 and hat != "cap":
                         continue  # everything else is symmetric
                     names = (BODIES[body], hat, action)
-                    entries.append((names, angle, mirror, 0.0, torch.minimum(figure, hat_distance)))
+                    entries.append(
+                        (names, angle, mirror, 0.0, (torch.minimum(figure, hat_distance), hat_distance))
+                    )
     return _bank(entries)
 
 
@@ -172,12 +184,12 @@ def _poses() -> list[tuple[int, float, float]]:
     return [(turn, float(tilt), side) for turn in (0, 1, -1) for tilt in tilts for side in (1.0, -1.0)]
 
 
-def overlaps(mask: Array, bank: Bank) -> tuple[Array, tuple[float, float, float]]:
-    """Soft IoU of a silhouette with each template (T,), and the silhouette's normal position in pixels."""
-    row, place = normalise(mask)
+def overlaps(bank: Bank, mask: Array, *more: Array) -> tuple[Array, tuple[float, float, float]]:
+    """Soft IoU of masks, one per channel of the bank, with each template (T,), and their normal position in pixels."""
+    row, place = normalise(mask, *more)
     # The sum of minima would need T passes; for nearly binary rows the product is the same and is one product.
     both = bank.rows @ row
-    return both / (np.square(bank.rows).sum(1) + np.square(row).sum() - both), place
+    return both / (bank.norms + float(row @ row) - both), place
 
 
 def located(bank: Bank, index: int, iou: float, place: tuple[float, float, float]) -> Match:

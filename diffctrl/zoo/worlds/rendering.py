@@ -147,7 +147,7 @@ def _draw_character(
     white, pupil, lid = (_coverage(distance * scale) for distance in eyes)
     stripes, dots = _pattern(
         x,
-        y,
+        y - eye_line - sdf.DOT_ROW,
         scale,
         _column(part["pattern"]),
         (BODY_STRIPE_PITCH, BODY_STRIPE_HALF),
@@ -157,7 +157,7 @@ def _draw_character(
     awake = (_column(part["eyes"]) == 0).to(x.dtype)
     colour = part["rgb"][:, :, None, None].expand(-1, -1, *body.shape[1:])
     # A patch of plain body colour around the eyes keeps them readable on a pattern.
-    face = 1 - _coverage((eyes[0] - 0.06) * scale)
+    face = 1 - _coverage((eyes[0] - sdf.FACE) * scale)
     colour = _over(colour, WHITE, stripes * interior * face)
     colour = _over(colour, BLACK, dots * interior * face)
     colour = _over(colour, WHITE, white * awake)

@@ -144,7 +144,7 @@ def _place(rng: np.random.Generator, values: dict[str, Array], number: Array, is
     crowded = np.arange(MAX_OBJECTS) == rng.integers(0, MAX_OBJECTS, (rows, 1))
     large = np.where((number == 3)[:, None], large & crowded, large)
     radius = np.where(large, rng.uniform(*LARGE, pair), rng.uniform(*SMALL, pair))
-    figure = np.array([(0.20, 0.30), (0.185, 0.225), (0.147, 0.155)])[number - 1]
+    figure = np.array([(0.20, 0.30), (0.185, 0.225), (0.150, 0.157)])[number - 1]
     figure_radius = figure[:, :1] + rng.random(pair) * (figure[:, 1:] - figure[:, :1])
     radius = np.where(is_character[:, None], figure_radius, radius)
     tilt = rng.uniform(-TILT, TILT, pair)

@@ -70,7 +70,9 @@ def select(distances: tuple[Tensor, ...], which: Tensor) -> Tensor:
 
 # All bodies stand on y = 0.62, so that the legs fit each of them; what sits on a body is given per body.
 HAT_LINE = (-0.46, -0.33, -0.58, -0.34, -0.45, -0.03)
-EYE_LINE = (0.02, 0.06, -0.14, 0.22, 0.04, 0.30)
+EYE_LINE = (0.02, 0.06, -0.14, 0.18, 0.04, 0.17)
+FACE = 0.045  # plain rim around an eye
+DOT_ROW = 0.31  # below the eyes: a row of dots that no eye hides
 EYE_OFFSET = (0.22, 0.22, 0.18, 0.18, 0.22, 0.22)  # + 0.17 stays inside every body
 
 
@@ -78,7 +80,7 @@ def body_distances(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """One distance per entry of `BODIES`."""
     ax = x.abs()
     rho = torch.hypot(x, y - 0.06)
-    lobes = 0.52 + 0.09 * torch.cos(6 * torch.atan2(x, y - 0.06))
+    lobes = 0.51 + 0.115 * torch.cos(6 * torch.atan2(x, y - 0.06))
     return (
         rho - 0.56,
         _box(x, y - 0.14, 0.48, 0.48),
