@@ -6,10 +6,11 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from diffctrl.attention import BlockLists, attend
+from diffctrl.attention import attend
 from diffctrl.control import Control
 from diffctrl.families import Call, Inputs, Site
 
@@ -19,13 +20,20 @@ def _site_of(attn: nn.Module) -> Site:
     if site is None:
         raise RuntimeError(
             f"this {type(attn).__name__} knows no context: call `diffctrl.attach(model)` before "
-            "`model.set_attn_processor(...)`, or use `diffctrl.apply(pipe_or_model, processor)`, which does both"
+            "`model.set_attn_processor(...)`, or use `diffctrl.apply(pipe_or_model, processor)`, which does "
+            "both"
+        )
+    if site.context.info is None:
+        raise RuntimeError(
+            f"{site.name} ran outside of a forward of its model, so that its context is not known; call the "
+            "model"
         )
     return site
 
 
 class ControlAttnProcessor(Control, AttnProcessor):
-    """A diffusers attention processor whose controls act between the model's projections and its output layer.
+    """A diffusers attention processor whose controls act between the model's projections and its output
+    layer.
 
     The signature is the union of the stock processors' keyword names (diffusers inspects it and drops what is
     not named). The object is never written to while it runs.
@@ -56,31 +64,45 @@ class ControlAttnProcessor(Control, AttnProcessor):
     ) -> Any:
         site = _site_of(attn)
         rotary = image_rotary_emb if image_rotary_emb is not None else rotary_emb
-        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, temb, rotary)
+        text_length = site.context.info.text_length
+        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, temb, rotary, text_length)
         controls = [c for c in self.controls if c.acts_on(site)]
         if not controls:  # a shared processor also lands on sites that the method leaves alone
             return site.stock(attn, **inputs.given(site.route.rotary))
         call = site.route.project(attn, inputs)
         for control in controls:
             call = control.transform_inputs(site, call)
-        output = self._attend(attn, site, call, controls)
+        output = self._attend(attn, site, call)
         for control in controls:
             output = control.transform_output(site, call, output)
+        for query, key, value in call.added:
+            output = output + self._dense(site, query, key, value)
         return site.route.finish(attn, call, output)
 
-    def _attend(self, attn: nn.Module, site: Site, call: Call, controls: Sequence[Control]) -> Tensor:
-        mask: BlockLists | None = None
-        for control in controls:
-            wanted = control.block_mask(site, call)
-            mask = wanted if mask is None or wanted is None else mask & wanted
-        if mask is None and site.route.dense is not None:
+    def _attend(self, attn: nn.Module, site: Site, call: Call) -> Tensor:
+        if site.mask is not None:  # carries the lengths of `attention_mask`, see `diffctrl.control.hooks`
+            return attend(
+                call.query,
+                call.key,
+                call.value,
+                mask=site.mask,
+                backend=self._attention_backend,
+                stats=site.context.stats,
+            )
+        if site.route.dense is not None:
+            if not torch.compiler.is_compiling():  # the engine does not count inside compiled code either
+                site.context.stats.record("stock")
             return site.route.dense(attn, call, self._attention_backend)
+        return self._dense(site, call.query, call.key, call.value, call.attention_mask)
+
+    def _dense(
+        self, site: Site, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         return attend(
-            call.query,
-            call.key,
-            call.value,
-            mask=mask,
-            attn_mask=call.attention_mask if mask is None else None,
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
             backend=self._attention_backend,
             stats=site.context.stats,
         )
@@ -99,8 +121,8 @@ class NeutralAttnProcessor(ControlAttnProcessor):
 
 
 def published(site: Site, control: Control) -> Any:
-    """What the control prepared for the running forward, or None where it rests."""
-    return site.context.published.get(control.key)
+    """What the control prepared for this site and the running forward, or None where it rests."""
+    return site.published.get(control.key)
 
 
 __all__ = ["ControlAttnProcessor", "NeutralAttnProcessor", "published"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffctrl.control import Context, Contributions
+from diffctrl.control import Context, Contributions, Published
 from diffctrl.families import Call, Site
 from diffctrl.processors.base import ControlAttnProcessor, published
 from diffctrl.softpag import Head, SoftPAGConfig, blend_identity, perturbation_delta
@@ -100,23 +100,22 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
             strength[slice(None) if head.head is None else head.head] = self.config.u
         return strengths
 
-    def prepare(self, context: Context, previous: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    def prepare(self, context: Context, previous: Published | None) -> Published | None:
         rows, info = context.rows, context.info
         if rows is None or info is None or rows.perturbed[0] == rows.perturbed[1]:
             return None
-        layout = (rows, info.device)
-        if previous is not None and previous["layout"] == layout:
+        key = (rows, info.device)
+        if previous is not None and previous.key == key:
             return previous
         weights = {}
         for name, strength in self._strengths(list(context.sites.values())).items():
             weight = torch.zeros(rows.total, len(strength))
             weight[rows.perturbed[0] :] = strength
             weights[name] = weight.to(info.device)
-        return {"layout": layout, "weights": weights}
+        return Published(key, weights)
 
     def transform_output(self, site: Site, call: Call, output: Tensor) -> Tensor:
-        prepared = published(site, self)
-        weight = None if prepared is None else prepared["weights"].get(site.name)
+        weight = published(site, self)
         if weight is None:
             return output
         rows = None if self.config.scope == "joint" else (call.image.start, call.image.stop)

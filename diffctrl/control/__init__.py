@@ -1,7 +1,7 @@
 """Attach to a model, publish its context, install controls and take them off."""
 
 from diffctrl.control.context import Context, Rows
-from diffctrl.control.control import Contributions, Control, Guidance
+from diffctrl.control.control import Contributions, Control, Guidance, Published
 from diffctrl.control.install import ControlHandle, apply, attach, set_attn_processor, summary
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Control",
     "ControlHandle",
     "Guidance",
+    "Published",
     "Rows",
     "apply",
     "attach",

@@ -1,11 +1,11 @@
-"""What one forward pass is about: published by a hook before the pass, read by processors, written by nobody else."""
+"""What one forward pass is about: a hook writes it before the pass, processors read it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from diffctrl.attention import EngineStats
@@ -69,8 +69,8 @@ class Context:
         rows: which batch rows are conditional, unconditional or perturbed.
         step: index of the denoising step, or None where no scheduler is known.
         total_steps: steps of the run, or None.
-        published: what each control prepared for this forward, by the control's key.
         stats: counts of the engine.
+        forwards, twin_forwards: forwards of the model, and those among them that ran perturbed twins.
     """
 
     model_name: str
@@ -79,7 +79,6 @@ class Context:
     rows: Rows | None = None
     step: int | None = None
     total_steps: int | None = None
-    published: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
     stats: EngineStats = field(default_factory=EngineStats)
     forwards: int = 0
     twin_forwards: int = 0
@@ -92,9 +91,9 @@ class Context:
         """
         if self.info is None or self.info.grid is None:
             raise RuntimeError(
-                f"{self.model_name}: this call does not say its token grid (frames, rows, columns), and diffctrl "
-                "does not guess it from the token count; call the model through its pipeline, or pass the "
-                "arguments that carry it (for FLUX: img_ids; for LTX: num_frames, height, width)"
+                f"{self.model_name}: this call does not say its token grid (frames, rows, columns), and "
+                "diffctrl does not guess it from the token count; call the model through its pipeline, or "
+                "pass the arguments that carry it (for FLUX: img_ids; for LTX: num_frames, height, width)"
             )
         return self.info.grid
 
@@ -106,8 +105,8 @@ class Context:
         """
         if self.step is None or not self.total_steps:
             raise RuntimeError(
-                f"{self.model_name}: a step window needs the denoising step, but no scheduler is known; apply to "
-                "the pipeline instead of the bare model, or pass scheduler=... to `diffctrl.apply`"
+                f"{self.model_name}: a step window needs the denoising step, but no scheduler is known; "
+                "apply to the pipeline instead of the bare model, or pass scheduler=... to `diffctrl.apply`"
             )
         return self.step / self.total_steps
 
@@ -115,23 +114,27 @@ class Context:
 def current_step(scheduler: Any, timestep: Any) -> tuple[int | None, int | None]:
     """(step index, total steps) of the forward that is about to run.
 
-    The scheduler's own index is read where there is one (no device synchronisation); before its first step it is
-    None and means its begin index. Schedulers without one (DDIM, DDPM) are matched by timestep.
+    The scheduler's own index is read where there is one (no device synchronisation). Before its first step it
+    is None and means its begin index. Schedulers without one (DDIM, DDPM) are matched by timestep.
     """
-    if scheduler is None or getattr(scheduler, "timesteps", None) is None:
+    timesteps = getattr(scheduler, "timesteps", None)
+    if timesteps is None:
         return None, None
-    total = len(scheduler.timesteps)
-    if hasattr(scheduler, "step_index"):
-        index = scheduler.step_index
-        if index is None:
-            index = getattr(scheduler, "begin_index", None) or 0
-        return int(index), total
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        index = getattr(scheduler, "begin_index", None)
+    if index is None:
+        index = _matching_step(timesteps, timestep)
+    if index is None and hasattr(scheduler, "step_index"):
+        index = 0  # some models get sigmas or scaled timesteps; a begin index is set wherever it is not 0
+    return None if index is None else int(index), len(timesteps)
+
+
+def _matching_step(timesteps: Any, timestep: Any) -> int | None:
     if timestep is None:
-        return None, total
+        return None
     value = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
-    matches = (
-        scheduler.timesteps == value.to(scheduler.timesteps.device)
-        if isinstance(value, Tensor)
-        else scheduler.timesteps == value
-    ).nonzero()
-    return (int(matches[0]), total) if len(matches) else (None, total)
+    matches = [
+        index for index, known in enumerate(torch.as_tensor(timesteps).tolist()) if known == float(value)
+    ]
+    return matches[0] if matches else None

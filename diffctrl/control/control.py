@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from diffctrl.attention import BlockLists
 from diffctrl.control.context import Context
-from diffctrl.families.base import Call, Site
+from diffctrl.families.base import Call, Family, Site
 
 _keys = itertools.count()
 
@@ -29,6 +29,23 @@ class Guidance(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """What a control prepared for one forward, outside of compiled code.
+
+    Attributes:
+        key: what it was made for; a control returns the previous object while this would be the same.
+        sites: what each site reads, by site name. Sites that are not named rest. Compiled blocks of one kind
+            share a graph where their sites get values of one form, so that tensors belong here and numbers do
+            not.
+        masks: the block lists of each site, by site name; sites that are not named attend all.
+    """
+
+    key: Any
+    sites: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, BlockLists] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Contributions:
     """What a control changes, so that two of them can be checked before anything is installed."""
 
@@ -40,7 +57,7 @@ class Contributions:
 
 
 class Control:
-    """Base of every method's processor. All hooks are optional; none may write to `self` or edit an input in place."""
+    """Base of every method's processor. All hooks are optional; none may write to `self` or to an input."""
 
     method: ClassVar[str]
     contributes: ClassVar[Contributions] = Contributions()
@@ -65,8 +82,9 @@ class Control:
         """The sites that `apply` puts this control on; the others keep their stock processor object."""
         return [site for site in sites if self.acts_on(site)]
 
-    def prepare(self, context: Context, previous: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """Build what the sites need for this forward, outside compiled code. `previous` is what it last returned.
+    def prepare(self, context: Context, previous: Published | None) -> Published | None:
+        """Build what the sites need for this forward, outside compiled code. `previous` is what it last
+        returned.
 
         Returning None means that the control rests in this forward.
         """
@@ -76,10 +94,6 @@ class Control:
         """Change queries, keys and values."""
         return call
 
-    def block_mask(self, site: Site, call: Call) -> BlockLists | None:
-        """The blocks that this site attends, or None for all."""
-        return None
-
     def transform_output(self, site: Site, call: Call, output: Tensor) -> Tensor:
         """Change the attention output (B, S, H, D), before heads are merged and projected."""
         return output
@@ -87,6 +101,20 @@ class Control:
     def describe(self) -> str:
         """One line for `diffctrl.summary`."""
         return self.method
+
+
+def check_control(control: Control, family: Family, sites: Sequence[Site]) -> None:
+    """Refuse a control that cannot work on a model.
+
+    Raises:
+        TypeError: the family is not among those that the control supports.
+        ValueError: the control's settings do not fit the model.
+    """
+    if control.families is not None and family.name not in control.families:
+        raise TypeError(
+            f"{control.method} does not support {family.title}; it supports {', '.join(control.families)}"
+        )
+    control.check(sites)
 
 
 def check_composition(controls: Sequence[Control]) -> None:

@@ -1,4 +1,4 @@
-"""Install controls on a model, and take them off again: `apply`, `attach`, `set_attn_processor`, `summary`."""
+"""Install controls on a model and take them off again: `apply`, `attach`, `set_attn_processor`, `summary`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from diffctrl.control.context import BatchLayout, Context
-from diffctrl.control.control import Control, check_composition
+from diffctrl.control.control import Control, check_composition, check_control
 from diffctrl.control.hooks import ContextHook
 from diffctrl.families import Site, family_of
 
@@ -48,8 +48,8 @@ class _Attachment:
     ) -> None:
         if any(hasattr(module, _SITE) for module in model.modules()):
             raise RuntimeError(
-                f"{name} is already under a control; call `.remove()` on its handle before applying another, or "
-                "pass all processors in one list"
+                f"{name} is already under a control; call `.remove()` on its handle before applying another, "
+                "or pass all processors in one list"
             )
         self.name, self.model = name, model
         self.family = family_of(model)
@@ -142,7 +142,8 @@ def _open(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> list
 
 
 def attach(target: Any, *, scheduler: Any = None, batch_layout: BatchLayout | None = None) -> ControlHandle:
-    """Publish the context of every forward, so that `model.set_attn_processor(...)` works with our processors.
+    """Publish the context of every forward, so that `model.set_attn_processor(...)` works with our
+    processors.
 
     Args:
         target: a diffusers pipeline or a bare denoiser.
@@ -197,12 +198,7 @@ def apply(
     attachments = _open(target, scheduler, batch_layout)
     for attachment in attachments:
         for control in controls:
-            if control.families is not None and attachment.family.name not in control.families:
-                raise TypeError(
-                    f"{control.method} does not support {attachment.family.title}; it supports "
-                    f"{', '.join(control.families)}"
-                )
-            control.check(attachment.sites)
+            check_control(control, attachment.family, attachment.sites)
     try:
         for attachment in attachments:
             attachment.open()

@@ -1,7 +1,8 @@
-"""Perturbed twins: extra batch rows that repeat the conditional ones, and the guidance made from the two predictions.
+"""Perturbed twins: extra batch rows that repeat the conditional ones, and the guidance made from the two
+predictions.
 
-A pipeline computes e + s (c - e). Adding D = guidance.delta(c, p) to both e and c yields e + s (c - e) + D, so any
-unmodified pipeline is guided (SoftPAG specification, 5.4 c).
+A pipeline computes e + s (c - e). Adding D = guidance.delta(c, p) to both e and c yields e + s (c - e) + D,
+so any unmodified pipeline is guided (SoftPAG specification, 5.4 c).
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ def append_twins(value: Any, batch: int, rows: Rows) -> Any:
     if isinstance(value, dict):
         return {name: append_twins(item, batch, rows) for name, item in value.items()}
     return value
+
+
+def append_grouped_twins(value: Tensor, batch: int, rows: Rows) -> Tensor:
+    """The same for a tensor (B * G, ...) that holds G rows for each batch row."""
+    return append_twins(value.unflatten(0, (batch, -1)), batch, rows).flatten(0, 1)
 
 
 def twin_delta(prediction: Tensor, rows: Rows, guidance: Guidance) -> Tensor:

@@ -21,8 +21,8 @@ __all__ = [
     "load_family",
 ]
 
-# Model class (module-independent qualified name) -> where its family lives. The class object itself is compared
-# after the import, so a same-named class of another library is refused.
+# Model class (module-independent qualified name) -> where its family lives. The class object itself is
+# compared after the import, so a same-named class of another library is refused.
 FAMILIES: dict[str, str] = {
     "SD3Transformer2DModel": "diffctrl.families.sd3:SD3Family",
     "FluxTransformer2DModel": "diffctrl.families.flux:FluxFamily",

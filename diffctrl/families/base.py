@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 SiteKind = Literal["joint", "self", "cross", "text"]
 
@@ -41,7 +42,9 @@ class Call:
             (B, H, Sq, Sk), or None.
         image: the image or video tokens among the queries.
         text: the text tokens among the queries, or None where the sequence holds none.
-        saved: what `finish` needs of `project`; nobody else reads it.
+        added: further branches of the same queries, (query, key, value) each, whose outputs are added after
+            every control has acted (Wan's image conditioning).
+        saved: what `finish` and `dense` need of `project`; nobody else reads it.
     """
 
     query: Tensor
@@ -50,6 +53,7 @@ class Call:
     attention_mask: Tensor | None
     image: Span
     text: Span | None
+    added: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
     saved: Mapping[str, Any] = field(default_factory=dict)
 
     def with_heads(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
@@ -65,8 +69,8 @@ class Route:
         project: (attn, inputs) -> Call.
         finish: (attn, call, output (B, Sq, H, D)) -> what the stock processor returns.
         rotary: the stock processor's name for its rotary embedding.
-        dense: (attn, call, backend) -> output (B, Sq, H, D), for a stock processor that does not run one plain
-            dense attention; None where the engine's dense attention is what it runs.
+        dense: (attn, call, backend) -> output (B, Sq, H, D), for a stock processor that does not run one
+            plain dense attention; None where the engine's dense attention is what it runs.
     """
 
     project: Callable[[nn.Module, Inputs], Call]
@@ -77,18 +81,28 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a model hands to an attention processor: the union over the stock processors, by their names."""
+    """What a model hands to an attention processor: the union over the stock processors, by their names.
+
+    `text_length`, the text tokens of the running forward, is the one thing that no stock processor gets: in
+    some blocks one tensor holds both streams.
+    """
 
     hidden_states: Tensor
     encoder_hidden_states: Tensor | None = None
     attention_mask: Tensor | None = None
     temb: Tensor | None = None
     image_rotary_emb: Any = None
+    text_length: int | None = None
 
     def given(self, rotary: str) -> dict[str, Any]:
         """The arguments that are not None, as keywords for a stock processor that calls its rotary so."""
-        named = {name: getattr(self, name) for name in self.__slots__}
-        named[rotary] = named.pop("image_rotary_emb")
+        named = {
+            "hidden_states": self.hidden_states,
+            "encoder_hidden_states": self.encoder_hidden_states,
+            "attention_mask": self.attention_mask,
+            "temb": self.temb,
+            rotary: self.image_rotary_emb,
+        }
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -105,6 +119,8 @@ class Site:
         layer: index in the stack.
         heads: query heads.
         level: how often the token grid was halved before this layer (UNets); 0 elsewhere.
+        published: what the controls prepared for this site and the running forward, by the control's key.
+        mask: the block lists that this site attends in the running forward, on the device; None for all.
     """
 
     name: str
@@ -118,6 +134,18 @@ class Site:
     stock: Any
     level: int = 0
     context: Any = None
+    published: dict[str, Any] = field(default_factory=dict)
+    mask: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an attention module stands, see `Site`. Without a layer, it is the next of its stack."""
+
+    kind: SiteKind
+    stack: str
+    layer: int | None = None
+    level: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +156,9 @@ class ForwardInfo:
         batch: rows of the call.
         grid: (frames, rows, columns) of image tokens before any downsampling inside the model, or None where
             the call does not say (never guessed from the token count).
-        text_length: text tokens of the sequence, padding included; None without text tokens.
-        text_valid: (B,) int64, valid text tokens of each row, or None where all are valid.
+        text_length: text tokens of the call, padding included; None without text. Joint sites have them in
+            their sequence, cross sites as keys.
+        text_valid: valid text tokens of each row, or None where the call does not tell valid from padding.
         timestep: as handed to the model.
         device: of the call's image tensor.
     """
@@ -137,7 +166,7 @@ class ForwardInfo:
     batch: int
     grid: tuple[int, int, int] | None
     text_length: int | None
-    text_valid: Tensor | None
+    text_valid: tuple[int, ...] | None
     timestep: Any
     device: torch.device
 
@@ -149,10 +178,15 @@ class Family(ABC):
     title: ClassVar[str]
     # Forward arguments whose first axis is the batch (nested lists, tuples and dicts are followed).
     batched: ClassVar[tuple[str, ...]]
-    # How this family's stock pipelines run classifier-free guidance: one batch of [uncond | cond], or two calls.
+    # Forward arguments that hold several rows for each batch row, one after another.
+    grouped: ClassVar[tuple[str, ...]] = ()
+    # How this family's stock pipelines run classifier-free guidance: one batch of [uncond | cond], or two
+    # calls.
     cfg: ClassVar[Literal["batched", "separate"]]
     # Stacks whose layers the flat layer index counts, in order.
     stacks: ClassVar[tuple[str, ...]]
+    # Where the text tokens of a joint sequence lie.
+    text_side: ClassVar[Literal["first", "last"] | None] = None
 
     @abstractmethod
     def model_class(self) -> type[nn.Module]:
@@ -163,12 +197,16 @@ class Family(ABC):
         """(attention module class, stock processor class) -> route. Looked up by the exact classes."""
 
     @abstractmethod
-    def place(self, name: str, module: nn.Module) -> tuple[SiteKind, str, int, int]:
-        """(kind, stack, layer, level) of the attention module with this path."""
+    def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
+        """Where the attention module with this path stands."""
 
     @abstractmethod
     def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
         """Read grid, text layout and batch off the bound arguments of one forward call."""
+
+    def auxiliary(self, call: Mapping[str, Any]) -> bool:
+        """Whether a pipeline makes this call for a guidance of its own, besides cond and uncond."""
+        return False
 
     def bind(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The forward call's arguments by name."""
@@ -194,6 +232,7 @@ class Family(ABC):
         """
         routes = self.routes()
         found = []
+        counts: dict[tuple[str, str], int] = {}
         for name, module in self.attention_modules(model):
             stock = module.processor
             route = routes.get((type(module), type(stock)))
@@ -204,8 +243,24 @@ class Family(ABC):
                     f"family '{self.name}' cannot take apart; it knows {', '.join(known)}. Restore the stock "
                     f"processors first (e.g. `model.set_default_attn_processor()` or unload the adapter)."
                 )
-            kind, stack, layer, level = self.place(name, module)
-            found.append(Site(name, kind, stack, layer, module.heads, module, self, route, stock, level))
+            place = self.place(model, name, module)
+            counted = counts.get((place.kind, place.stack), 0)
+            counts[place.kind, place.stack] = counted + 1
+            layer = counted if place.layer is None else place.layer
+            found.append(
+                Site(
+                    name,
+                    place.kind,
+                    place.stack,
+                    layer,
+                    module.heads,
+                    module,
+                    self,
+                    route,
+                    stock,
+                    place.level,
+                )
+            )
         return found
 
     def site_grid(self, grid: tuple[int, int, int], site: Site) -> tuple[int, int, int]:
@@ -231,6 +286,43 @@ def split_name(name: str) -> tuple[str, int, str]:
     return stack, int(index), rest
 
 
-def row_lengths(mask: Tensor) -> Tensor:
-    """(B,) valid tokens of each row of a (B, T) 0/1 or boolean mask."""
-    return mask.to(torch.int64).sum(dim=1)
+def to_heads(attn: nn.Module, states: Tensor) -> Tensor:
+    """(B, S, H * D) -> (B, S, H, D)."""
+    return states.unflatten(-1, (attn.heads, -1))
+
+
+def normed(norm: nn.Module | None, states: Tensor) -> Tensor:
+    """The states through a norm that some models of a family lack."""
+    return states if norm is None else norm(states)
+
+
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring channel pairs, in float32; cos and sin broadcast to the states."""
+    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (states.float() * cos + turned.float() * sin).to(states.dtype)
+
+
+def output_layer(attn: nn.Module, states: Tensor) -> Tensor:
+    """The projection and the dropout after attention."""
+    return attn.to_out[1](attn.to_out[0](states))
+
+
+_READ = WeakIdKeyDictionary()
+
+
+def read_once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
+    """`read(tensor)`, remembered while the tensor lives unchanged.
+
+    Reading numbers off a GPU tensor waits for the GPU; pipelines hand the same mask to every step.
+    """
+    version = 0 if tensor.is_inference() else tensor._version
+    known = _READ.get(tensor)
+    if known is None or known[0] != version:
+        known = _READ[tensor] = (version, read(tensor))
+    return known[1]
+
+
+def row_lengths(mask: Tensor) -> tuple[int, ...]:
+    """Valid tokens of each row of a (B, T) 0/1 or boolean mask."""
+    return read_once(mask, lambda tensor: tuple(tensor.to(torch.int64).sum(dim=1).tolist()))

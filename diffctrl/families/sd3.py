@@ -14,28 +14,26 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from diffctrl.families.base import Call, Family, ForwardInfo, Inputs, Route, SiteKind, Span, split_name
+from diffctrl.families.base import (
+    Call,
+    Family,
+    ForwardInfo,
+    Inputs,
+    Place,
+    Route,
+    Span,
+    normed,
+    output_layer,
+    split_name,
+    to_heads,
+)
 
 
-def _heads(attn: nn.Module, states: Tensor) -> Tensor:
-    return states.view(states.shape[0], -1, attn.heads, states.shape[-1] // attn.heads)
-
-
-def _normed(norm: nn.Module | None, heads: Tensor) -> Tensor:
-    return heads if norm is None else norm(heads)
-
-
-def _assemble(attn: nn.Module, inputs: Inputs, image_qkv: tuple, text_qkv: tuple | None) -> Call:
-    query, key, value = (_heads(attn, states) for states in image_qkv)
-    query, key = _normed(attn.norm_q, query), _normed(attn.norm_k, key)
-    image, text = Span(0, inputs.hidden_states.shape[1]), None
+def _assemble(image_qkv: tuple[Tensor, ...], text_qkv: tuple[Tensor, ...] | None) -> Call:
+    query, key, value = image_qkv
+    image, text = Span(0, query.shape[1]), None
     if text_qkv is not None:
-        text_query, text_key, text_value = (_heads(attn, states) for states in text_qkv)
-        text_query = _normed(attn.norm_added_q, text_query)
-        text_key = _normed(attn.norm_added_k, text_key)
-        query = torch.cat([query, text_query], dim=1)
-        key = torch.cat([key, text_key], dim=1)
-        value = torch.cat([value, text_value], dim=1)
+        query, key, value = (torch.cat(streams, dim=1) for streams in zip(image_qkv, text_qkv, strict=True))
         text = Span(image.stop, query.shape[1])
     # The stock processor drops `attention_mask` too: SD3 passes none.
     return Call(query, key, value, None, image, text)
@@ -43,30 +41,36 @@ def _assemble(attn: nn.Module, inputs: Inputs, image_qkv: tuple, text_qkv: tuple
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
     states, text = inputs.hidden_states, inputs.encoder_hidden_states
-    image_qkv = attn.to_q(states), attn.to_k(states), attn.to_v(states)
-    text_qkv = None
-    if text is not None:
-        text_qkv = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-    return _assemble(attn, inputs, image_qkv, text_qkv)
+    image_qkv = (
+        normed(attn.norm_q, to_heads(attn, attn.to_q(states))),
+        normed(attn.norm_k, to_heads(attn, attn.to_k(states))),
+        to_heads(attn, attn.to_v(states)),
+    )
+    if text is None:
+        return _assemble(image_qkv, None)
+    text_qkv = (
+        normed(attn.norm_added_q, to_heads(attn, attn.add_q_proj(text))),
+        normed(attn.norm_added_k, to_heads(attn, attn.add_k_proj(text))),
+        to_heads(attn, attn.add_v_proj(text)),
+    )
+    return _assemble(image_qkv, text_qkv)
 
 
 def _project_fused(attn: nn.Module, inputs: Inputs) -> Call:
-    image_qkv = attn.to_qkv(inputs.hidden_states).chunk(3, dim=-1)
-    text_qkv = None
-    if inputs.encoder_hidden_states is not None:
-        text_qkv = attn.to_added_qkv(inputs.encoder_hidden_states).chunk(3, dim=-1)
-    return _assemble(attn, inputs, image_qkv, text_qkv)
+    # The stock fused processor applies no QK norm, also where the model has one (SD3.5): neutral is stock.
+    image_qkv = tuple(to_heads(attn, part) for part in attn.to_qkv(inputs.hidden_states).chunk(3, dim=-1))
+    if inputs.encoder_hidden_states is None:
+        return _assemble(image_qkv, None)
+    fused = attn.to_added_qkv(inputs.encoder_hidden_states)
+    return _assemble(image_qkv, tuple(to_heads(attn, part) for part in fused.chunk(3, dim=-1)))
 
 
 def _finish(attn: nn.Module, call: Call, output: Tensor) -> Any:
     states = output.flatten(2, 3).to(call.query.dtype)
-    text = None
-    if call.text is not None:
-        states, text = states[:, : call.image.stop], states[:, call.image.stop :]
-        if not attn.context_pre_only:
-            text = attn.to_add_out(text)
-    states = attn.to_out[1](attn.to_out[0](states))
-    return states if text is None else (states, text)
+    if call.text is None:
+        return output_layer(attn, states)
+    states, text = states[:, : call.image.stop], states[:, call.image.stop :]
+    return output_layer(attn, states), text if attn.context_pre_only else attn.to_add_out(text)
 
 
 class SD3Family(Family):
@@ -84,6 +88,7 @@ class SD3Family(Family):
     )
     cfg = "batched"
     stacks = ("transformer_blocks",)
+    text_side = "last"
 
     def model_class(self) -> type[nn.Module]:
         return SD3Transformer2DModel
@@ -94,9 +99,13 @@ class SD3Family(Family):
             (Attention, FusedJointAttnProcessor2_0): Route(_project_fused, _finish),
         }
 
-    def place(self, name: str, module: nn.Module) -> tuple[SiteKind, str, int, int]:
+    def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
         stack, layer, rest = split_name(name)
-        return ("self", "attn2", layer, 0) if rest == "attn2" else ("joint", stack, layer, 0)
+        return Place("self", "attn2", layer) if rest == "attn2" else Place("joint", stack, layer)
+
+    def auxiliary(self, call: Mapping[str, Any]) -> bool:
+        # The pipeline's skip-layer guidance runs the positive prompt once more.
+        return call.get("skip_layers") is not None
 
     def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
         latents, text = call["hidden_states"], call["encoder_hidden_states"]

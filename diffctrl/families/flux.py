@@ -1,0 +1,127 @@
+"""FLUX.1: double blocks of two streams, then single blocks where one tensor holds both. Text first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxTransformer2DModel,
+)
+from torch import Tensor, nn
+
+from diffctrl.families.base import (
+    Call,
+    Family,
+    ForwardInfo,
+    Inputs,
+    Place,
+    Route,
+    Span,
+    output_layer,
+    read_once,
+    rotated,
+    split_name,
+)
+
+
+def _projections(attn: nn.Module, states: Tensor) -> list[Tensor]:
+    if attn.fused_projections:
+        parts = attn.to_qkv(states).chunk(3, dim=-1)
+    else:
+        parts = attn.to_q(states), attn.to_k(states), attn.to_v(states)
+    query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
+    return [attn.norm_q(query), attn.norm_k(key), value]
+
+
+def _text_projections(attn: nn.Module, text: Tensor) -> list[Tensor]:
+    if attn.fused_projections:
+        parts = attn.to_added_qkv(text).chunk(3, dim=-1)
+    else:
+        parts = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+    query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
+    return [attn.norm_added_q(query), attn.norm_added_k(key), value]
+
+
+def _project(attn: nn.Module, inputs: Inputs) -> Call:
+    streams, text = _projections(attn, inputs.hidden_states), inputs.encoder_hidden_states
+    split = text is not None
+    if split:
+        text_streams = _text_projections(attn, text)
+        streams = [torch.cat(pair, dim=1) for pair in zip(text_streams, streams, strict=True)]
+    query, key, value = streams
+    if inputs.image_rotary_emb is not None:
+        cos, sin = (part[None, :, None, :].to(query.device) for part in inputs.image_rotary_emb)
+        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
+    text_length = text.shape[1] if split else inputs.text_length
+    return Call(
+        query,
+        key,
+        value,
+        inputs.attention_mask,
+        image=Span(text_length, query.shape[1]),
+        text=Span(0, text_length),
+        saved={"split": split},
+    )
+
+
+def _finish(attn: nn.Module, call: Call, output: Tensor) -> Any:
+    states = output.flatten(2, 3).to(call.query.dtype)
+    if not call.saved["split"]:
+        return states  # a single block projects attention and MLP together
+    text, image = states[:, : call.image.start], states[:, call.image.start :]
+    return output_layer(attn, image.contiguous()), attn.to_add_out(text.contiguous())
+
+
+def _lattice(ids: Tensor) -> tuple[int, int, int] | None:
+    """(frames, rows, columns) of (S, 3) position ids of one image, None where they are no full lattice."""
+    axes = [axis.unique() for axis in ids.unbind(dim=-1)]
+    sizes = tuple(len(axis) for axis in axes)
+    if len(sizes) != 3 or sizes[0] * sizes[1] * sizes[2] != len(ids):
+        return None
+    return sizes if torch.equal(torch.cartesian_prod(*axes), ids) else None
+
+
+class FluxFamily(Family):
+    """FLUX.1."""
+
+    name = "flux"
+    title = "FLUX.1"
+    batched = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "guidance",
+        "joint_attention_kwargs",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+    )
+    cfg = "separate"
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    text_side = "first"
+
+    def model_class(self) -> type[nn.Module]:
+        return FluxTransformer2DModel
+
+    def routes(self) -> Mapping[tuple[type, type], Route]:
+        return {(FluxAttention, FluxAttnProcessor): Route(_project, _finish)}
+
+    def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
+        stack, layer, _ = split_name(name)
+        return Place("joint", stack, layer)
+
+    def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
+        latents, ids = call["hidden_states"], call["img_ids"]
+        return ForwardInfo(
+            batch=latents.shape[0],
+            # Latents come packed to (B, S, C): only the position ids say what S is made of.
+            grid=read_once(ids, lambda tensor: _lattice(tensor[0] if tensor.ndim == 3 else tensor)),
+            text_length=call["encoder_hidden_states"].shape[1],
+            text_valid=None,
+            timestep=call.get("timestep"),
+            device=latents.device,
+        )

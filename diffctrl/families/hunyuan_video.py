@@ -1,0 +1,119 @@
+"""HunyuanVideo: double and single blocks over [video, text], and a refiner of the text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoAttnProcessor2_0,
+    HunyuanVideoTransformer3DModel,
+)
+from torch import Tensor, nn
+
+from diffctrl.families.base import (
+    Call,
+    Family,
+    ForwardInfo,
+    Inputs,
+    Place,
+    Route,
+    Span,
+    normed,
+    output_layer,
+    rotated,
+    row_lengths,
+    split_name,
+    to_heads,
+)
+from diffctrl.families.plain import PLAIN
+
+
+def _projections(attn: nn.Module, states: Tensor) -> list[Tensor]:
+    query, key, value = (to_heads(attn, layer(states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    return [normed(attn.norm_q, query), normed(attn.norm_k, key), value]
+
+
+def _text_projections(attn: nn.Module, text: Tensor) -> list[Tensor]:
+    layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+    query, key, value = (to_heads(attn, layer(text)) for layer in layers)
+    return [normed(attn.norm_added_q, query), normed(attn.norm_added_k, key), value]
+
+
+def _project(attn: nn.Module, inputs: Inputs) -> Call:
+    states, text = inputs.hidden_states, inputs.encoder_hidden_states
+    video = states.shape[1]
+    shared = attn.add_q_proj is None  # a single block: one projection for both streams
+    query, key, value = _projections(attn, torch.cat([states, text], dim=1) if shared else states)
+    if inputs.image_rotary_emb is not None:
+        cos, sin = (part[None, :, None, :].to(query.device) for part in inputs.image_rotary_emb)
+        query, key = (
+            torch.cat([rotated(part[:, :video], cos, sin), part[:, video:]], dim=1) for part in (query, key)
+        )
+    if not shared:
+        added = _text_projections(attn, text)
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), added, strict=True))
+    return Call(
+        query,
+        key,
+        value,
+        inputs.attention_mask,
+        image=Span(0, video),
+        text=Span(video, query.shape[1]),
+    )
+
+
+def _finish(attn: nn.Module, call: Call, output: Tensor) -> tuple[Tensor, Tensor]:
+    states = output.flatten(2, 3).to(call.query.dtype)
+    video, text = states[:, : call.image.stop], states[:, call.image.stop :]
+    if attn.to_out is not None:
+        video = output_layer(attn, video)
+    return video, text if attn.to_add_out is None else attn.to_add_out(text)
+
+
+class HunyuanVideoFamily(Family):
+    """HunyuanVideo."""
+
+    name = "hunyuan_video"
+    title = "HunyuanVideo"
+    batched = (
+        "hidden_states",
+        "timestep",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "pooled_projections",
+        "guidance",
+        "attention_kwargs",
+    )
+    cfg = "separate"
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    text_side = "last"
+
+    def model_class(self) -> type[nn.Module]:
+        return HunyuanVideoTransformer3DModel
+
+    def routes(self) -> Mapping[tuple[type, type], Route]:
+        return {
+            (Attention, HunyuanVideoAttnProcessor2_0): Route(_project, _finish),
+            (Attention, AttnProcessor2_0): PLAIN,
+        }
+
+    def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
+        if name.startswith("context_embedder."):
+            return Place("text", "refiner")
+        stack, layer, _ = split_name(name)
+        return Place("joint", stack, layer)
+
+    def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
+        latents, config = call["hidden_states"], model.config
+        frames, rows, columns = latents.shape[2:]
+        return ForwardInfo(
+            batch=latents.shape[0],
+            grid=(frames // config.patch_size_t, rows // config.patch_size, columns // config.patch_size),
+            text_length=call["encoder_hidden_states"].shape[1],
+            text_valid=row_lengths(call["encoder_attention_mask"]),
+            timestep=call["timestep"],
+            device=latents.device,
+        )

@@ -1,0 +1,91 @@
+"""LTX-Video: self-attention (`attn1`), text cross-attention (`attn2`), norms and rotation across heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.transformers.transformer_ltx import (
+    LTXAttention,
+    LTXVideoAttnProcessor,
+    LTXVideoTransformer3DModel,
+)
+from torch import Tensor, nn
+
+from diffctrl.families.base import (
+    Call,
+    Family,
+    ForwardInfo,
+    Inputs,
+    Place,
+    Route,
+    Span,
+    output_layer,
+    rotated,
+    row_lengths,
+    split_name,
+    to_heads,
+)
+from diffctrl.families.plain import kernel_mask
+
+
+def _project(attn: nn.Module, inputs: Inputs) -> Call:
+    states, context = inputs.hidden_states, inputs.encoder_hidden_states
+    context = states if context is None else context
+    query, key, value = attn.to_q(states), attn.to_k(context), attn.to_v(context)
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    if inputs.image_rotary_emb is not None:
+        query, key = rotated(query, *inputs.image_rotary_emb), rotated(key, *inputs.image_rotary_emb)
+    return Call(
+        to_heads(attn, query),
+        to_heads(attn, key),
+        to_heads(attn, value),
+        kernel_mask(attn, inputs.attention_mask, context.shape[1], query.shape[0]),
+        image=Span(0, query.shape[1]),
+        text=None,
+    )
+
+
+def _finish(attn: nn.Module, call: Call, output: Tensor) -> Tensor:
+    return output_layer(attn, output.flatten(2, 3).to(call.query.dtype))
+
+
+class LTXFamily(Family):
+    """LTX-Video."""
+
+    name = "ltx"
+    title = "LTX-Video"
+    batched = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "timestep",
+        "encoder_attention_mask",
+        "video_coords",
+        "attention_kwargs",
+    )
+    cfg = "batched"
+    stacks = ("transformer_blocks",)
+
+    def model_class(self) -> type[nn.Module]:
+        return LTXVideoTransformer3DModel
+
+    def routes(self) -> Mapping[tuple[type, type], Route]:
+        return {(LTXAttention, LTXVideoAttnProcessor): Route(_project, _finish)}
+
+    def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
+        stack, layer, rest = split_name(name)
+        return Place("self", stack, layer) if rest == "attn1" else Place("cross", "cross", layer)
+
+    def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
+        latents, mask = call["hidden_states"], call["encoder_attention_mask"]
+        # Latents come packed to (B, S, C), and some pipelines give coordinates instead of sizes.
+        sizes = tuple(call.get(name) for name in ("num_frames", "height", "width"))
+        known = call.get("video_coords") is None and None not in sizes
+        return ForwardInfo(
+            batch=latents.shape[0],
+            grid=sizes if known else None,
+            text_length=call["encoder_hidden_states"].shape[1],
+            text_valid=row_lengths(mask) if mask is not None and mask.ndim == 2 else None,
+            timestep=call["timestep"],
+            device=latents.device,
+        )
