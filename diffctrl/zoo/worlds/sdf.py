@@ -98,7 +98,7 @@ def limb_distance(x: Tensor, y: Tensor, jumps: Tensor) -> Tensor:
         _capsule(ax, y, (0.21, 0.5), (0.21, 0.93), 0.10), _capsule(ax, y, (0.2, 0.25), (0.80, 0.50), 0.09)
     )
     leap = torch.minimum(
-        _capsule(ax, y, (0.21, 0.5), (0.58, 0.90), 0.10), _capsule(ax, y, (0.2, 0.25), (0.82, -0.32), 0.09)
+        _capsule(ax, y, (0.21, 0.5), (0.58, 0.90), 0.10), _capsule(ax, y, (0.2, 0.25), (0.85, -0.22), 0.09)
     )
     return torch.where(jumps, leap, rest)
 
@@ -106,7 +106,7 @@ def limb_distance(x: Tensor, y: Tensor, jumps: Tensor) -> Tensor:
 def hat_distances(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """One distance per entry of `HATS`; y = 0 is the line on which the hat sits. "none" is far away."""
     cap = torch.minimum(
-        torch.maximum(torch.hypot(x, y - 0.04) - 0.34, y - 0.06), _box(x - 0.30, y, 0.30, 0.06)
+        torch.maximum(torch.hypot(x, y - 0.04) - 0.34, y - 0.06), _box(x - 0.26, y, 0.26, 0.06)
     )
     cone = torch.maximum(y - 0.06, _half_plane(x.abs(), y, (0.0, -0.50), (0.32, 0.06)))
     teeth = -0.40 + 0.26 * (2 * (x / 0.33 - torch.round(x / 0.33)).abs())
