@@ -144,7 +144,7 @@ def _place(rng: np.random.Generator, values: dict[str, Array], number: Array, is
     crowded = np.arange(MAX_OBJECTS) == rng.integers(0, MAX_OBJECTS, (rows, 1))
     large = np.where((number == 3)[:, None], large & crowded, large)
     radius = np.where(large, rng.uniform(*LARGE, pair), rng.uniform(*SMALL, pair))
-    figure = np.array([(0.20, 0.30), (0.185, 0.225), (0.150, 0.157)])[number - 1]
+    figure = np.array([(0.20, 0.30), (0.185, 0.225), (0.144, 0.150)])[number - 1]
     figure_radius = figure[:, :1] + rng.random(pair) * (figure[:, 1:] - figure[:, :1])
     radius = np.where(is_character[:, None], figure_radius, radius)
     tilt = rng.uniform(-TILT, TILT, pair)
@@ -242,10 +242,10 @@ def _place_rows(rng: np.random.Generator, values: dict[str, Array], rows: Array)
         return
     order = rng.permuted(np.tile(np.arange(MAX_OBJECTS), (len(rows), 1)), axis=1)
     radius = np.take_along_axis(values["radius"][rows], order, 1)
-    margin = 0.02
-    free = 1 - 2 * margin - 2 * radius.sum(1)
+    margin, gap = 0.015, 0.02
+    free = 1 - 2 * margin - 2 * gap - 2 * radius.sum(1)
     cuts = np.sort(rng.random((len(rows), MAX_OBJECTS)), axis=1) * free[:, None]
-    x = margin + np.cumsum(2 * radius, 1) - radius + cuts
+    x = margin + np.cumsum(2 * radius, 1) - radius + cuts + gap * np.arange(MAX_OBJECTS)
     values["x"][rows[:, None], order] = x
 
 
