@@ -19,8 +19,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
-STARTED = time.monotonic()
-
 _SMOKE_VAE: dict[str, Any] = {"minutes": 0.3, "batch": 16, "pool": 256}
 _SMOKE_SD3: dict[str, Any] = {
     "minutes": 0.5,
@@ -35,6 +33,7 @@ _SMOKE_SD3: dict[str, Any] = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; `arguments` as on the command line, without the program's name."""
+    began = time.monotonic()
     from diffctrl.scripts.training_image_flow import FlowOptions, train_flow
     from diffctrl.scripts.training_image_loop import CaptureFailed
     from diffctrl.scripts.training_image_pack import assemble
@@ -58,19 +57,19 @@ def main(arguments: list[str] | None = None) -> None:
     command = options.pop("command")
     try:
         if command == "vae":
-            train_vae(VaeOptions(**_with_smoke(options, _SMOKE_VAE)), since=STARTED)
+            train_vae(VaeOptions(**_with_smoke(options, _SMOKE_VAE)), since=began)
         elif command == "sd3":
             evaluation = options.pop("evaluate")
             options = _with_smoke(options, _SMOKE_SD3)
             options.setdefault("commit", _commit())
             flow = FlowOptions(**options)
-            if train_flow(flow, since=STARTED) and evaluation is not None:
+            if train_flow(flow, since=began) and evaluation is not None:
                 _evaluate(flow, evaluation)
         else:
             metrics = json.loads(options["metrics"].read_text()) if options["metrics"] else None
             assemble(options["pack"], options["folder"], metrics=metrics)
     except CaptureFailed as error:
-        _start_again(error, options)
+        _start_again(error, options, began)
 
 
 def _add_options(parser: argparse.ArgumentParser, kind: type) -> None:
@@ -106,7 +105,7 @@ def _evaluate(flow: Any, out: Path) -> None:
     evaluate(["--pack", str(flow.pack), "--out", str(out), "--batch", "64"])
 
 
-def _start_again(error: Exception, options: dict[str, Any]) -> None:
+def _start_again(error: Exception, options: dict[str, Any], began: float) -> None:
     """Replace this process by one that runs the step more plainly; a failed capture leaves the device
     unusable.
     """
@@ -116,7 +115,7 @@ def _start_again(error: Exception, options: dict[str, Any]) -> None:
     if not plainer:
         plainer = ["--no-graph"]
     if "state" in options:
-        left = options.get("slice_seconds", 540.0) - (time.monotonic() - STARTED)
+        left = options.get("slice_seconds", 540.0) - (time.monotonic() - began)
         plainer += ["--slice-seconds", str(max(60.0, left))]
     print(f"{error}\nstarting again with {' '.join(plainer)}", flush=True)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *plainer])

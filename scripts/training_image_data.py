@@ -194,7 +194,7 @@ class CaptionedBatches:
             source.index_select(0, self.position).squeeze(0)
             for source in (self.index, self.clip_ids, self.t5_ids)
         )
-        self.position.add_(1)
+        self.position.add_(1).remainder_(self.batches)
         return chosen
 
 

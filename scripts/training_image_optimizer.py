@@ -211,7 +211,7 @@ def _is_hidden_matrix(name: str, value: Tensor) -> bool:
 
 
 def _decays(name: str, value: Tensor) -> bool:
-    embedding = (
-        "embedding" in name.rsplit(".", 2)[-2] or "shared" in name or "relative_attention_bias" in name
+    table = any(
+        part in name for part in ("token_embedding", "position_embedding", "shared", "relative_attention")
     )
-    return value.dim() >= 2 and not embedding
+    return value.dim() >= 2 and not table

@@ -1,0 +1,101 @@
+"""The registry of embedded models: loaded without network or optional packages, called as advised."""
+
+import subprocess
+import sys
+
+import pytest
+
+from diffctrl.zoo import registry
+
+
+def _has_weights(name: str) -> bool:
+    try:
+        registry.path(name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+trained = pytest.mark.skipif(not _has_weights("shapes-sd3"), reason="the weights are not in this checkout")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="shapes-sd3"):
+        registry.load("shapes-sd4")
+
+
+def test_missing_weights_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "_WEIGHTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="train_zoo_image"):
+        registry.path("shapes-sd3")
+
+
+def test_importing_the_zoo_loads_no_heavy_package():
+    code = (
+        "import sys, diffctrl.zoo; "
+        "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@trained
+@pytest.mark.parametrize("name", sorted(registry.EMBEDDED))
+def test_files_are_small_and_safe(name):
+    files = [file for file in registry.path(name).rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
+    assert max(file.stat().st_size for file in files) <= 12_000_000
+    assert (registry.path(name) / "README.md").is_file()
+
+
+@trained
+def test_it_loads_with_optional_packages_blocked_and_draws_what_is_asked():
+    code = """
+import socket, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"sentencepiece", "ftfy", "google"}:
+            raise ModuleNotFoundError(name)
+
+def no_network(*_, **__):
+    raise OSError("no network in this test")
+
+sys.meta_path.insert(0, Blocked())
+socket.create_connection = no_network
+import torch
+torch.set_num_threads(1)
+from diffctrl.zoo import judge, registry
+
+pipeline = registry.load("shapes-sd3")
+assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.float32
+pipeline.set_progress_bar_config(disable=True)
+caption = "a red circle on a white background"
+images = [
+    pipeline(caption, generator=torch.Generator().manual_seed(seed), output_type="pt",
+             **registry.recommended("shapes-sd3")).images[0]
+    for seed in range(3)
+]
+print(sum(judge.check(image, judge.parse(caption)).exact for image in images))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.strip().splitlines()[-1]) >= 2
+
+
+@trained
+def test_the_same_seed_gives_the_same_picture_in_any_batch():
+    import torch
+
+    pipeline, call = registry.load("shapes-sd3"), registry.recommended("shapes-sd3")
+    pipeline.set_progress_bar_config(disable=True)
+    call["num_inference_steps"] = 4
+    captions = ["a red star left of a blue ring", "a green square"]
+
+    def drawn(chosen: list[int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(index) for index in chosen]
+        return pipeline([captions[i] for i in chosen], generator=generators, output_type="pt", **call).images
+
+    together = drawn([0, 1])
+    torch.testing.assert_close(together[:1], drawn([0]), atol=2e-3, rtol=0)
+    assert torch.equal(together, drawn([0, 1]))
