@@ -106,8 +106,9 @@ def _evaluate(flow: Any, out: Path) -> None:
 
 
 def _start_again(error: Exception, options: dict[str, Any], began: float) -> None:
-    """Replace this process by one that runs the step more plainly; a failed capture leaves the device
-    unusable.
+    """Replace this process by one that runs the step more plainly.
+
+    A failed capture leaves the device unusable for this one.
     """
     plainer = (
         ["--attention", "flash"] if options.get("attention", "auto") == "auto" and "state" in options else []

@@ -12,8 +12,7 @@ _BACKENDS = {
 
 
 def choose_attention(wanted: str, batch: int, heads: int, tokens: int, head_dim: int) -> str:
-    """Allow one fused kernel in this process; compiled code takes the kernel that is allowed when it is
-    traced.
+    """Allow one fused kernel; compiled code takes the one that is allowed when it is traced.
 
     Args:
         wanted: "flash", "cudnn", "efficient", or "auto": flash unless another is at least 15 % faster.

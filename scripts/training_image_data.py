@@ -19,9 +19,7 @@ from diffctrl.zoo.tokenizers import MAX_TOKENS, WordTokens
 from .training_image_forward import to_rows
 
 SHAPES_SHARE = 0.6
-"""Share of shape scenes; the rest are characters. One world a chunk: a mixed chunk draws every pixel
-twice.
-"""
+"""Share of shape scenes; the rest are characters."""
 
 _SCENES_A_CHUNK = 4096
 
@@ -90,9 +88,7 @@ class LatentPool:
     source: str = ""
 
     def save(self, path: Path) -> None:
-        """Write the pool to a safetensors file, so that a later slice of the same run need not build it
-        again.
-        """
+        """Write the pool to a safetensors file for a later slice of the same run."""
         tensors = {
             f"scenes.{name}": value.contiguous().cpu() for name, value in self.scenes.tensors().items()
         }
@@ -144,8 +140,7 @@ def latent_pool(
 
 
 class CaptionedBatches:
-    """Scene indices and fresh captions for the next batches, in fixed tensors that a captured step reads by
-    position.
+    """Scene indices and fresh captions of the next batches, in tensors that a captured step reads.
 
     Captions are made for `batches` steps at once: as a few hundred small launches they would cost more than
     a step each time, spread over the steps they cost nothing.

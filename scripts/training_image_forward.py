@@ -48,9 +48,7 @@ def t5_layer(layer: nn.Module, hidden: Tensor, bias: Tensor) -> Tensor:
 def transformer_block(
     block: nn.Module, hidden: Tensor, context: Tensor, condition: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One joint block: image (B, P, C), text (B, 2T, C), condition (B, C) -> (text or None, image), as
-    diffusers.
-    """
+    """One joint block: image (B, P, C), text (B, 2T, C), condition (B, C) -> (text or None, image)."""
     return block(hidden_states=hidden, encoder_hidden_states=context, temb=condition)
 
 
@@ -92,9 +90,7 @@ def velocity_loss(transformer: nn.Module, tokens: Tensor, condition: Tensor, vel
 
 
 def to_rows(latents: Tensor) -> Tensor:
-    """(B, C, H, W) latents -> (B, H W / 4, 4 C) patches in the order in which the transformer writes its
-    output.
-    """
+    """(B, C, H, W) latents -> (B, H W / 4, 4 C) patches in the order of the transformer's output."""
     batch, channels, height, width = latents.shape
     cells = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, height * width // 4, 4 * channels)

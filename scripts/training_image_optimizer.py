@@ -38,8 +38,7 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Momentum whose update is orthogonalised, for hidden matrices; same-shape matrices are updated as one
-    stack.
+    """Momentum whose update is orthogonalised, for hidden matrices; same shapes are updated as one stack.
 
     Update: `W <- (1 - lr wd) W - lr * 0.2 sqrt(max(R, C)) * orthogonalised(nesterov momentum)`; the factor
     gives the update the size of an AdamW update (Liu et al. 2025, "Muon is scalable for LLM training",
@@ -93,8 +92,7 @@ class Muon:
 
 
 class Optimizer:
-    """AdamW for everything, or Muon for hidden matrices and AdamW for the rest; clips the gradient norm
-    first.
+    """AdamW for everything, or Muon for hidden matrices and AdamW for the rest; clips first.
 
     Args:
         named: every trained parameter by name.
@@ -202,9 +200,7 @@ def learning_rate_at(
 
 
 def _is_hidden_matrix(name: str, value: Tensor) -> bool:
-    """Attention and feed-forward matrices inside a layer; embeddings, modulation and output layers stay with
-    AdamW.
-    """
+    """Attention and feed-forward matrices of a layer; embeddings, modulation and output are not."""
     inside = "transformer_blocks." in name or ".layers." in name or ".block." in name
     outside = "norm" in name or "embed" in name or "relative_attention_bias" in name
     return value.dim() == 2 and inside and not outside

@@ -107,17 +107,16 @@ license: apache-2.0
 
 A tiny Stable Diffusion 3 pipeline (SD3 transformer, AutoencoderKL, two CLIP encoders, T5) that draws shapes
 and characters from captions of a generated world. It exists so that attention methods can be run and
-measured offline, on a CPU. It knows no other pictures: a figure measured on it says nothing about large
-models.
+measured offline, on a CPU. It knows no other pictures: a figure measured on it says nothing of large ones.
 
 - Data: the generator `diffctrl.zoo.worlds` at commit `{facts.get("commit", "unknown")}`; nothing else.
-Captions name only part of a scene; 5 % of the (colour, shape, pattern) triples were never shown.
-- Training: {facts.get("steps")} steps of {facts.get("batch")}, {float(facts.get("minutes", 0.0)):.1f}
-minutes on {facts.get("device")}, optimizer {facts.get("optimizer")}, noise shift {facts.get("shift")}.
-Weights are the running average, stored as float16.
+  Captions name only part of a scene; 5 % of the (colour, shape, pattern) triples were never shown.
+- Training: {facts.get("steps")} steps of {facts.get("batch")}, {float(facts.get("minutes", 0.0)):.1f} minutes
+  on {facts.get("device")}, optimizer {facts.get("optimizer")}, noise shift {facts.get("shift")}.
+  Weights are the running average, stored as float16.
 - Autoencoder: {float(facts.get("psnr_mean_db", 0.0)):.1f} dB PSNR on average over unseen scenes.
-- Call: `{call}` (in `diffctrl.json`). Other sizes run and are less reliable; captions are at most 30 known
-words.
+- Call: the arguments in `diffctrl.json`, {call["height"]} px, {call["num_inference_steps"]} steps, guidance
+  {call["guidance_scale"]}. Other sizes run and are less reliable; captions are at most 30 known words.
 
 {table}
 Made by `scripts/train_zoo_image.py`, measured by `scripts/evaluate_zoo.py`.

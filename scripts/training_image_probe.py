@@ -69,8 +69,7 @@ def sample_images(
 
 
 class Probe:
-    """Fixed unseen captions that the model is asked to draw now and then; the judge reads them beside the
-    training.
+    """Fixed unseen captions to draw now and then; the judge reads them beside the training.
 
     Args:
         counts: number of captions by kind: "one", "two" (shapes), "characters".

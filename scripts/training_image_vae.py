@@ -141,9 +141,7 @@ class _VaeTraining:
 
 
 def _objective(vae: nn.Module, *, channels_last: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """The four loss terms of a batch of bytes (B, 3, H, W) with latent noise (B, C, h, w), stacked: (4,)
-    float32.
-    """
+    """The loss terms of bytes (B, 3, H, W) with latent noise (B, C, h, w): (4,) float32."""
 
     def objective(images: Tensor, noise: Tensor) -> Tensor:
         target = images.float() / 127.5 - 1.0

@@ -1,5 +1,4 @@
-"""The architecture of the embedded image model `shapes-sd3`: every component, built from scratch with its
-start weights.
+"""The architecture of the embedded image model `shapes-sd3`, built from scratch with its start weights.
 
 A variational autoencoder that turns 128 px into 32 x 32 x 8, an SD3 transformer of 8 layers x 4 heads x 32
 channels, two CLIP text encoders and one T5 encoder, all tiny. `image_parts` builds them, `image_pipeline`
@@ -68,9 +67,7 @@ class ImageSize:
 
 @dataclass(slots=True)
 class ImageParts:
-    """The trained components; the names are the pipeline's. All float32, training or evaluation as the
-    caller sets.
-    """
+    """The trained components in float32; the names are the pipeline's."""
 
     vae: "AutoencoderKL"
     transformer: "SD3Transformer2DModel"
@@ -91,8 +88,7 @@ def world_words() -> tuple[str, ...]:
 
 
 def position_table(positions: int, width: int) -> torch.Tensor:
-    """Sine-cosine table of 2-D patch positions, one geometric ladder of frequencies from pi/2 to pi/64 per
-    patch.
+    """Sine-cosine table of 2-D patch positions, frequencies from pi/2 down to pi/64 per patch.
 
     The stock table spreads frequencies for grids of thousands and moves by half a step here, so that
     neighbouring patches look alike. Half of the channels hold the row, half the column; of each half one
@@ -119,9 +115,7 @@ def position_table(positions: int, width: int) -> torch.Tensor:
 
 
 def image_vae(size: ImageSize | None = None) -> "AutoencoderKL":
-    """The autoencoder, with random weights; `scaling_factor` and `shift_factor` are set after its
-    training.
-    """
+    """The autoencoder with random weights; its scaling and shift are set after training."""
     from diffusers import AutoencoderKL
 
     size = size or ImageSize()
@@ -235,9 +229,7 @@ def image_scheduler(shift: float = NOISE_SHIFT) -> "FlowMatchEulerDiscreteSchedu
 def image_pipeline(
     parts: ImageParts, *, shift: float = NOISE_SHIFT, words: tuple[str, ...] | None = None
 ) -> "StableDiffusion3Pipeline":
-    """Join components, tokenizers and scheduler into a stock `StableDiffusion3Pipeline`; the modules are not
-    copied.
-    """
+    """Join components, tokenizers and scheduler into a stock pipeline; the modules are not copied."""
     from diffusers import StableDiffusion3Pipeline
 
     words = words or world_words()

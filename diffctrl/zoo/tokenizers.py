@@ -1,5 +1,4 @@
-"""Word-level tokenizers of the embedded image model: one world word is one token, everything else falls to
-pieces.
+"""Word-level tokenizers of the embedded image model: one world word is one token, the rest falls to pieces.
 
 Both are made from the world's word list alone. The byte-pair merges are found here rather than by a trainer
 of the `tokenizers` package, so that every version of that package gives the same ids.
@@ -49,8 +48,7 @@ def clip_tokenizer(words: Sequence[str]) -> "CLIPTokenizer":
 
 
 def t5_tokenizer(words: Sequence[str]) -> "PreTrainedTokenizerFast":
-    """Build the T5 tokenizer of a word list: a unigram model with one piece a word, then letters and
-    punctuation.
+    """Build the T5 tokenizer of a word list: a unigram model of words, then letters and punctuation.
 
     It is a plain `PreTrainedTokenizerFast`: `T5Tokenizer` rebuilds its backend on load and loses the
     lower-casing.
@@ -89,8 +87,7 @@ def t5_tokenizer(words: Sequence[str]) -> "PreTrainedTokenizerFast":
 
 @dataclass(frozen=True, slots=True)
 class WordTokens:
-    """Token id of every world word on both sides, so that captions become ids without a tokenizer in the
-    loop.
+    """Token id of every world word on both sides: captions become ids without a tokenizer.
 
     Args:
         clip: (W,) long, CLIP token of each word.
@@ -172,9 +169,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def _byte_pair_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that leave every word as one piece; ties are broken by spelling, so the list is
-    fixed.
-    """
+    """Byte-pair merges that leave every word as one piece; ties are broken by spelling."""
     spellings = [[*word[:-1], word[-1] + _END] for word in words]
     merges: list[tuple[str, str]] = []
     while counts := Counter(pair for pieces in spellings for pair in zip(pieces, pieces[1:], strict=False)):
