@@ -20,4 +20,11 @@ class FamilyEntry:
 
 FAMILIES: dict[str, FamilyEntry] = {
     "sd3": FamilyEntry("Stable Diffusion 3 / 3.5", "SD3Transformer2DModel"),
+    "flux": FamilyEntry("FLUX.1", "FluxTransformer2DModel"),
+    "unet": FamilyEntry("Stable Diffusion / SDXL (UNet)", "UNet2DConditionModel"),
+    "wan": FamilyEntry("Wan 2.1 / 2.2", "WanTransformer3DModel"),
+    "hunyuan_video": FamilyEntry("HunyuanVideo", "HunyuanVideoTransformer3DModel"),
+    "mochi": FamilyEntry("Mochi 1", "MochiTransformer3DModel"),
+    "cogvideox": FamilyEntry("CogVideoX", "CogVideoXTransformer3DModel"),
+    "ltx": FamilyEntry("LTX-Video", "LTXVideoTransformer3DModel"),
 }

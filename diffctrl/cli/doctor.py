@@ -110,16 +110,9 @@ def _kernels() -> dict[str, list[dict[str, Any]]]:
 
 def _models() -> dict[str, str]:
     """Embedded model -> "whole", or what is wrong with it."""
-    from diffctrl.zoo import registry
+    from diffctrl.zoo import integrity, registry
 
-    found = {}
-    for name in registry.EMBEDDED:
-        try:
-            registry.verify(name)
-            found[name] = "whole"
-        except Exception as error:  # whatever is wrong with the files is the finding
-            found[name] = _reason(error)
-    return found
+    return {name: integrity.problem(name) or "whole" for name in registry.EMBEDDED}
 
 
 def _reason(error: BaseException) -> str:

@@ -123,13 +123,18 @@ def _draw(plan: Plan, request: Request, out: Path) -> None:
 
     from diffctrl.drawing import draw, png
 
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     total = plan.steps * len(plan.seeds) * (2 if plan.compare else 1)
     notes: list[str] = []
     paths: list[Path] = []
     try:
         with Progress(
-            *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
+            *columns,
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            disable=not console.is_terminal,
         ) as progress:
             task = progress.add_task(f"loading {plan.source.slug}", total=total)
             no_loading_bars()
@@ -159,7 +164,7 @@ def _finished(plan: Plan, drawn: Drawn) -> tuple[Image, list[str]]:
 
     read = reading.read if plan.source.embedded else None
     pictures = [("stock", drawn.stock)] if drawn.stock is not None else []
-    pictures.append(("+".join(spec.method for spec in plan.controls) or "stock", drawn.image))
+    pictures.append((drawn.described, drawn.image))
     panels, notes = [], []
     for title, image in pictures:
         lines = ()

@@ -48,8 +48,8 @@ def side_by_side(panels: list[Panel]) -> Image:
 
 
 def _wrapped(panel: Panel, width: int) -> list[str]:
-    columns = max(20, width // (_TEXT_SIZE // 2 + 1))
-    lines = [panel.title]
+    columns = max(20, width // (_TEXT_SIZE // 2))
+    lines = textwrap.wrap(panel.title, columns)[:1]
     for line in panel.lines:
-        lines += textwrap.wrap(line, columns, subsequent_indent="  ") or [""]
+        lines += textwrap.wrap(line, columns, subsequent_indent="  ")
     return lines

@@ -27,12 +27,14 @@ class Drawn:
         image: under the plan's controls, or the stock model's where it has none.
         stock: the stock model's, where the plan compares.
         recipe: how to draw it again.
+        described: the controls in words, or "stock".
         stats: what the controls did, per model; empty without controls.
     """
 
     image: Image
     stock: Image | None
     recipe: Recipe
+    described: str
     stats: dict[str, Any]
 
 
@@ -56,12 +58,14 @@ def draw(plan: Plan, pipe: Any, on_step: OnStep = lambda: None) -> Iterator[Draw
     recipes = [replace(first, seed=seed) for seed in plan.seeds]
     if not plan.controls:
         for seed, recipe in zip(plan.seeds, recipes, strict=True):
-            yield Drawn(_one(plan, pipe, seed, on_step), None, recipe, {})
+            yield Drawn(_one(plan, pipe, seed, on_step), None, recipe, "stock", {})
         return
     with diffctrl.apply(pipe, processors(plan.controls)) as control:
+        described = " + ".join(each.describe() for each in control.controls)
         for index, seed in enumerate(plan.seeds):
             image = _one(plan, pipe, seed, on_step)
-            yield Drawn(image, stock[index] if stock else None, recipes[index], control.stats())
+            beside = stock[index] if stock else None
+            yield Drawn(image, beside, recipes[index], described, control.stats())
 
 
 def _one(plan: Plan, pipe: Any, seed: int, on_step: OnStep) -> Image:

@@ -68,7 +68,8 @@ def _counts(source: ModelSource, prompt: str, max_sequence_length: int | None) -
             tokenizer = getattr(transformers, class_name).from_pretrained(where, subfolder=component)
         except (OSError, ValueError) as error:
             raise BadRequestError(f"{source.name}: its {component} cannot be loaded ({error})") from None
-        long = component == source.kind.long_tokenizer and max_sequence_length is not None
-        limit = max_sequence_length if long else tokenizer.model_max_length
-        counts.append(_Count(component, len(tokenizer(prompt).input_ids), int(limit)))
+        limit = int(tokenizer.model_max_length)
+        if component == source.kind.long_tokenizer and max_sequence_length is not None:
+            limit = max_sequence_length
+        counts.append(_Count(component, len(tokenizer(prompt).input_ids), limit))
     return counts

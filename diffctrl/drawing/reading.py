@@ -27,17 +27,19 @@ class Reading:
     def verdict(self) -> str:
         """The verdict in words."""
         if self.obeys is None:
-            return "the prompt is outside the judge's grammar"
+            return "not judged: the judge does not read this prompt or size"
         return "as asked" if self.obeys else f"not as asked: {', '.join(self.wrong)}"
 
 
 def read(image: Image, prompt: str) -> Reading:
-    """Read a picture of an embedded model."""
+    """Read a picture of an embedded image model."""
     import numpy as np
     import torch
 
     from diffctrl.zoo import judge
 
+    if image.width != image.height:
+        return Reading("the judge reads square pictures only", None)
     pixels = torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
     try:
         spec = judge.parse(prompt)

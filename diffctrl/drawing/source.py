@@ -46,9 +46,10 @@ class ModelSource:
         from diffctrl.zoo import registry
 
         if name in registry.EMBEDDED:
-            folder = Path(registry.path(name))
-            if not (folder / "model_index.json").is_file():
-                raise BadRequestError(f"the embedded model {name} is not installed: {folder} is missing")
+            try:
+                folder = registry.path(name)
+            except FileNotFoundError as error:
+                raise BadRequestError(str(error)) from None
             return cls(name, folder, embedded=True)
         folder = Path(name).expanduser()
         if folder.is_dir():
