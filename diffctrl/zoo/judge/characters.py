@@ -10,23 +10,32 @@ from diffctrl.zoo.worlds.vocabulary import BODIES, COLOURS, EYES, HATS, PATTERNS
 from .ground import Ground
 from .pixels import Pixels
 from .reading import Instance
+from .regions import grow, shrink
 from .templates import Match, character_bank, located, overlaps
 
 Array = np.ndarray
 
 
-def match_figure(pixels: Pixels, region: Array, colours: list[int]) -> Match:
+def match_figure(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) -> Match:
     """The best figure for a silhouette (H, W) whose second colour, if there is one, is the hat's."""
     hat = region & (pixels.colour == colours[1]) if len(colours) > 1 else np.zeros_like(region)
     bank = character_bank()
-    scores, place = overlaps(bank, region, hat)
+    scores, place = overlaps(bank, _soft(pixels, ground, region, colours), hat)
     best = int(scores.argmax())
     return located(bank, best, float(scores[best]), place)
 
 
+def _soft(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) -> Array:
+    """The silhouette (H, W) with its edge as coverage: half a pixel more would hide the lobes of a small body."""
+    own = region & (pixels.colour == colours[0])
+    strength = float(np.median(ground.distance[own]))
+    edge = grow(region) & ~shrink(region)
+    return np.where(edge, (ground.distance / strength).clip(0, 1), region.astype(np.float32))
+
+
 def read_figure(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) -> Instance:
     """One character whose palette colours, body first, are known."""
-    match = match_figure(pixels, region, colours)
+    match = match_figure(pixels, ground, region, colours)
     body, hat, action = match.names
     x, y = match.frame(*region.shape)
     x, y = torch.from_numpy(x), torch.from_numpy(y)

@@ -7,7 +7,7 @@ import numpy as np
 from diffctrl.zoo.worlds.vocabulary import COLOUR_RGB
 
 from .ground import Ground
-from .regions import filled, grow, majority, regions
+from .regions import despeckled, filled, grow, regions
 
 Array = np.ndarray
 FOREGROUND = 0.13  # distance from the background's tones, RGB in [0, 1]
@@ -76,29 +76,27 @@ def objects_in(pixels: Pixels) -> list[Array]:
     Filled before they are smoothed: on a background of the stripes' tone only a rim of a pixel closes a shape, and
     the majority that removes specks and whiskers would break it.
     """
-    whole = (majority(filled(region)) for region in regions(pixels.foreground, SMALLEST // 3))
+    whole = (despeckled(filled(region)) for region in regions(pixels.foreground, SMALLEST // 3))
     return sorted((mask for mask in whole if mask.sum() >= SMALLEST), key=lambda mask: -int(mask.sum()))
 
 
 def colours_in(pixels: Pixels, ground: Ground, region: Array, *, most: int = 2) -> list[int]:
     """Palette colours of a region that are no blends of others, the one with the largest area first."""
-    counts = {}
+    cores = {}
     for colour in np.unique(pixels.colour[region]):
         if colour >= 0:
             area = region & (pixels.colour == colour)
             core = area & ~grow(~area)
             if core.sum() >= 8:
-                counts[int(colour)] = (int(area.sum()), np.median(pixels.rgb[core], axis=0), core)
+                cores[int(colour)] = (float(np.median(ground.distance[core])), core, int(area.sum()))
     found: list[int] = []
     anchors = list(ground.tones)
-    for colour, (_, median, core) in sorted(counts.items(), key=lambda item: -item[1][0]):
-        if len(found) == most:
-            break
-        if found and _blended(pixels.rgb[core], anchors):
-            continue
-        found.append(colour)
-        anchors.append(median)
-    return found
+    # The purest first: a ramp between it and the background can be wider than the object itself.
+    for colour, (_, core, _) in sorted(cores.items(), key=lambda item: -item[1][0]):
+        if not (found and _blended(pixels.rgb[core], anchors)):
+            found.append(colour)
+            anchors.append(np.median(pixels.rgb[core], axis=0))
+    return sorted(found, key=lambda colour: -cores[colour][2])[:most]
 
 
 def _blended(rgb: Array, anchors: list[Array]) -> bool:

@@ -60,8 +60,8 @@ def read(image: Tensor) -> Reading:
 def _objects(pixels: Pixels, ground: Ground, found: list[Array]) -> tuple[str, list[Instance]]:
     """The kind of the picture, the one that its silhouettes are more like, and its objects."""
     coloured = [(region, colours) for region in found if (colours := colours_in(pixels, ground, region))]
-    figures = [characters.match_figure(pixels, *one) for one in coloured]
-    outlines = [shapes.outlines(pixels, *one) for one in coloured]
+    figures = [characters.match_figure(pixels, ground, *one) for one in coloured]
+    outlines = [shapes.outlines(pixels, ground, *one) for one in coloured]
     if sum(figure.iou for figure in figures) > sum(outline.likeness for outline in outlines):
         return "characters", [characters.read_figure(pixels, ground, *one) for one in coloured]
     objects: list[Instance] = []

@@ -16,7 +16,7 @@ from .ground import Ground
 from .hidden import fit_hidden
 from .pixels import FOREGROUND, Pixels
 from .reading import Instance
-from .regions import filled, grow, spread
+from .regions import filled, grow, shrink, spread
 from .templates import Match, located, overlaps, shape_bank
 
 Array = np.ndarray
@@ -26,13 +26,14 @@ Array = np.ndarray
 class Part:
     """One instance before its facts are read: palette colour, and the match of its filled outline.
 
-    Two (H, W) bool masks: `free`, where it could be seen; `clear`, away from another instance of its region.
+    An `inner` one was matched without the outline around it. Two (H, W) bool masks: `free`, where it could be seen; `clear`, away from another instance of its region.
     """
 
     colour: int
     match: Match
     free: Array
     clear: Array
+    inner: bool = False
     behind: bool = False
 
 
@@ -40,36 +41,65 @@ class Part:
 class Outlines:
     """The one or two colours of a region and the filled silhouette of each, with its match; the front one first.
 
-    `labels` (H, W) int32 says which silhouette a pixel belongs to, from 1; 0 is none.
+    `seen` are the pixels of each, (H, W) bool; where the region is `inked`, without any outline.
     """
 
     colours: list[int]
     masks: list[Array]
     matches: list[Match]
-    labels: Array
+    seen: list[Array]
+    inked: bool = False
 
     @property
     def likeness(self) -> float:
-        """How much the silhouettes look like shapes: their IoU, weighted by area."""
-        areas = [float(mask.sum()) for mask in self.masks]
-        return sum(match.iou * area for match, area in zip(self.matches, areas, strict=True)) / sum(areas)
+        """How much the region looks like shapes: an IoU."""
+        if len(self.masks) == 1:
+            return self.matches[0].iou
+        # A hat alone may look like a shape, a shape behind another one like nothing.
+        whole = sum(float(mask.sum()) for mask in self.masks)
+        large = [m.iou for m, mask in zip(self.matches, self.masks, strict=True) if mask.sum() > 0.3 * whole]
+        return max(0.78, *large)
 
 
-def outlines(pixels: Pixels, region: Array, colours: list[int]) -> Outlines:
+def outlines(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) -> Outlines:
     """Divide a connected region between its one or two palette colours."""
-    labels = region.astype(np.int32)
-    masks = [region]
-    if len(colours) > 1:
-        labels = np.zeros(region.shape, dtype=np.int32)
-        for number, colour in enumerate(colours, start=1):
-            labels[region & (pixels.colour == colour)] = number
-        labels = spread(_without_specks(labels), region & pixels.foreground)
-        masks = [filled(labels == number) for number in (1, 2)]
+    if len(colours) < 2:
+        return Outlines(colours=colours, masks=[region], matches=[_outer(region)], seen=[region])
+    seen = [region & (pixels.colour == colour) for colour in colours]
+    if _faded(ground, region):
+        seen = [_thick(part) for part in seen]
+    inked = _inked(pixels, ground, region)
+    if not inked:
+        labels = spread(seen[0].astype(np.int32) + 2 * seen[1], region & pixels.foreground)
+        seen = [labels == 1, labels == 2]
+    # With outlines, colour alone: nothing tells whose a black pixel between two shapes is. Stripes and dots are
+    # inside a rim of colour and come back by filling, where the shape is whole.
+    masks = [filled(part) for part in seen]
     matches = [_outer(mask) for mask in masks]
-    if len(colours) > 1 and matches[1].iou > matches[0].iou:  # what is hidden in part fits worse
-        labels = np.where(labels > 0, 3 - labels, 0)
-        return Outlines(colours=colours[::-1], masks=masks[::-1], matches=matches[::-1], labels=labels)
-    return Outlines(colours=colours, masks=masks, matches=matches, labels=labels)
+    inside = [float((seen[1 - i] & masks[i]).sum() / max(seen[1 - i].sum(), 1)) for i in (0, 1)]
+    # What is hidden in part fits worse; and what lies wholly inside the other one's outline lies on it.
+    second = inside[0] > 0.6 if max(inside) > 0.6 else matches[1].iou > matches[0].iou
+    step = -1 if second else 1
+    return Outlines(
+        colours=colours[::step], masks=masks[::step], matches=matches[::step], seen=seen[::step], inked=inked
+    )
+
+
+def _inked(pixels: Pixels, ground: Ground, region: Array) -> bool:
+    """Whether a region ends in an outline: white on dark backgrounds, else black."""
+    band = shrink(region) & ~shrink(region, 3)
+    return float(_ink(pixels, ground)[band].mean()) > 0.5
+
+
+def _faded(ground: Ground, region: Array) -> bool:
+    """Whether the edge of a region is a wide ramp, in which blends can have the hue of another palette colour."""
+    inner = shrink(region)
+    band, deep = inner & ~shrink(inner), shrink(inner, 3)
+    return deep.any() and float(np.median(ground.distance[band]) / np.median(ground.distance[deep])) < 0.55
+
+
+def _ink(pixels: Pixels, ground: Ground) -> Array:
+    return pixels.white if DARK_BACKGROUNDS[BACKGROUNDS.index(ground.name)] else pixels.value < 0.40
 
 
 def split(pixels: Pixels, region: Array, found: Outlines) -> list[Part]:
@@ -78,22 +108,33 @@ def split(pixels: Pixels, region: Array, found: Outlines) -> list[Part]:
     if len(found.colours) < 2:
         return [Part(colour=found.colours[0], match=found.matches[0], free=everywhere, clear=everywhere)]
     front, back = found.masks
-    # Background that shows inside the pair is a ring's hole or a white stripe on white: it says nothing here.
-    unknown = region & ~pixels.foreground
-    hidden = fit_hidden((found.labels == 2) & ~front, ~front & ~unknown)
+    # Background within the region (a ring's hole, or white stripes on white) says nothing about the outline of what
+    # is behind; nor do the patterns of an outlined one.
+    unknown = shrink(region, 3) & ~found.seen[1] if found.inked else region & ~pixels.foreground
+    hidden = fit_hidden(found.seen[1] & ~front, ~front & ~unknown)
+    margin = 4 if found.inked else 2
     return [
-        Part(colour=found.colours[0], match=found.matches[0], free=everywhere, clear=~grow(back, 3)),
-        Part(colour=found.colours[1], match=hidden, free=~grow(front, 2), clear=~grow(front, 4), behind=True),
+        Part(
+            colour=found.colours[0],
+            match=found.matches[0],
+            free=everywhere,
+            clear=~grow(back, margin + 1),
+            inner=found.inked,
+        ),
+        Part(
+            colour=found.colours[1],
+            match=hidden,
+            free=~grow(front, 2),
+            clear=~grow(front, margin + 2),
+            inner=found.inked,
+            behind=True,
+        ),
     ]
 
 
-def _without_specks(labels: Array) -> Array:
-    """Drop labels of thin blends between two colours, which `spread` then fills from the nearer side."""
-    out = np.zeros_like(labels)
-    for number in (1, 2):
-        area = labels == number
-        out[area & ~grow(~area)] = number
-    return out
+def _thick(mask: Array) -> Array:
+    """Only regions that are more than a thin blend between two other colours, with their own fringe."""
+    return mask & grow(mask & ~grow(~mask), 2)
 
 
 def _outer(mask: Array) -> Match:
@@ -113,23 +154,23 @@ def decide(pixels: Pixels, ground: Ground, part: Part, front: int | None) -> Ins
         shape = "ring"
     # The outer edge, whatever the shape: a ring's inner edge lies elsewhere for every style.
     edge = _distance(match, match.names[0], match.radius) - match.offset * match.radius
-    outlined = _outlined(pixels, ground, part.clear, edge)
-    ramp = 1.0 if outlined > 0.5 else _ramp(pixels, ground, own, part.clear, edge)
+    outlined = _outlined(pixels, ground, part, edge) > 0.5
+    ramp = 1.0 if outlined else _ramp(pixels, ground, own, part.clear, edge)
     soft = ramp > SOFT_RAMP_FROM
-    outside = (
-        rendering.OUTLINE_OUTSIDE
-        if outlined > 0.5
-        else (0.5 - FOREGROUND / max(strength, 0.2)) * (6 if soft else 1)
-    )
+    if outlined:
+        outside = -rendering.OUTLINE_INSIDE if part.inner else rendering.OUTLINE_OUTSIDE
+    else:
+        outside = (0.5 - FOREGROUND / max(strength, 0.2)) * (rendering.SOFT_RAMP if soft else 1)
     radius = _radius(match, shape, outside)
     distance = _distance(match, shape, radius)
-    inside = part.free & (distance < (-1.8 if outlined > 0.5 else -1.5))
+    inside = part.free & (distance < (-1.8 if outlined else -1.5))
     total = max(int(inside.sum()), 1)
     striped = float(pixels.white[inside].sum()) / total / 0.10
     dotted = float(pixels.black[inside].sum()) / total / 0.05
     light = _light(pixels, own & (distance < -1.5), match, radius)
     pattern = 0 if max(striped, dotted) < 1 else 1 if striped > dotted else 2
-    style = "outlined" if outlined > 0.5 else "soft" if soft else "shaded" if light < -0.2 else "flat"
+    style = "outlined" if outlined else "soft" if soft else "shaded" if light < -0.2 else "flat"
+    measured = outlined or (part.clear & (np.abs(edge) < 1)).sum() >= 12
     facts = ObjectFacts(
         colour=COLOURS[part.colour],
         pattern=PATTERNS[pattern],
@@ -142,7 +183,7 @@ def decide(pixels: Pixels, ground: Ground, part: Part, front: int | None) -> Ins
         y=match.y,
         radius=radius,
         likeness=match.iou,
-        style=style,
+        style=style if measured else None,
         behind=front if part.behind else None,
     )
 
@@ -185,11 +226,11 @@ def _hole(ground: Ground, own: Array, part: Part, strength: float) -> bool:
     return core.sum() >= 6 and (own & (ground.distance > 0.4 * strength))[core].mean() < 0.3
 
 
-def _outlined(pixels: Pixels, ground: Ground, clear: Array, edge: Array) -> float:
-    """Share of ink just inside the silhouette: white on dark backgrounds, else black."""
-    ink = pixels.white if DARK_BACKGROUNDS[BACKGROUNDS.index(ground.name)] else pixels.value < 0.40
-    contour = clear & (edge > -2.4) & (edge < -0.6)
-    return float(ink[contour].mean()) if contour.any() else 0.0
+def _outlined(pixels: Pixels, ground: Ground, part: Part, edge: Array) -> float:
+    """Share of ink where an outline would be."""
+    outer = 1.7 if part.inner else -0.6  # a paired match ends where the colour ends, within the outline
+    contour = (part.clear if part.behind else part.free) & (edge > outer - 1.8) & (edge < outer)
+    return float(_ink(pixels, ground)[contour].mean()) if contour.any() else 0.0
 
 
 def _ramp(pixels: Pixels, ground: Ground, own: Array, clear: Array, edge: Array) -> float:

@@ -15,6 +15,8 @@ import torch
 from diffctrl.zoo.worlds import sdf
 from diffctrl.zoo.worlds.vocabulary import ACTIONS, BODIES, HATS, SHAPES
 
+from .regions import filled
+
 Array = np.ndarray
 GRID = 40
 REACH = 1.9  # half-width of the normalised window, in radii of a disc of the same area
@@ -105,7 +107,9 @@ _WINDOW = 1.5  # its half-width in radii
 def _template(distances: tuple[torch.Tensor, ...], offset: float) -> tuple[Array, float, float, float]:
     """Row, scale and centre of a template drawn from the distances of its channels."""
     pixel = 2 * _WINDOW / _SOURCE
-    row, (x, y, unit) = normalise(*((0.5 - (part.numpy() - offset) / pixel).clip(0, 1) for part in distances))
+    covers = [(0.5 - (part.numpy() - offset) / pixel).clip(0, 1) for part in distances]
+    covers[0] = np.maximum(covers[0], filled(covers[0] > 0.5))  # as the silhouettes that are compared
+    row, (x, y, unit) = normalise(*covers)
     return row, unit * pixel, (x - _SOURCE / 2) * pixel, (y - _SOURCE / 2) * pixel
 
 
