@@ -185,7 +185,8 @@ class FlowTraining:
         self.total.zero_()
         reported_steps, reported_at = self.done, clock.elapsed_seconds
         checked_at = clock.elapsed_seconds
-        while not (clock.finished or clock.slice_over):
+        over = clock.finished or clock.slice_over
+        while not over:
             rate = self._set_learning_rate(clock.fraction)
             self.batches.refill()
             runner.run(options.chunk)
@@ -193,7 +194,8 @@ class FlowTraining:
             total = self.total.item()  # waits for the chunk, so the clock is true
             if not total < float("inf"):
                 raise SystemExit(f"the loss is {total} at step {self.done}; lower --learning-rate")
-            if self.done - reported_steps >= 200 or clock.finished:
+            over = clock.finished or clock.slice_over
+            if self.done - reported_steps >= 200 or over:
                 steps, seconds = self.done - reported_steps, clock.elapsed_seconds - reported_at
                 say(
                     f"step {self.done}  loss {total / steps:.4f}  lr {rate:.1e}  "
@@ -203,7 +205,7 @@ class FlowTraining:
                 )
                 self.total.zero_()
                 reported_steps, reported_at = self.done, clock.elapsed_seconds
-            if clock.elapsed_seconds - checked_at > options.check_minutes * 60:
+            if clock.elapsed_seconds - checked_at > options.check_minutes * 60 and not over:
                 with clock.pause():
                     self._check(probe, f"check at step {self.done}")
                 checked_at = clock.elapsed_seconds
