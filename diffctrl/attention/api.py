@@ -72,8 +72,8 @@ def attend(
         )
     if parallel_config is not None:
         raise ValueError(
-            "Block lists do not run under context parallelism yet: each rank would need its own lists. Use the mask "
-            "without enable_parallelism, or the parallel model without the mask."
+            "Block lists do not run under context parallelism yet: each rank would need its own lists. Use "
+            "the mask without enable_parallelism, or the parallel model without the mask."
         )
     return _sparse(query, key, value, mask, scale, return_lse, backend, kernel, stats)
 

@@ -192,7 +192,7 @@ def to_flex(lists: BlockLists, device: torch.device, *, backward: bool = True) -
     nq, nk = lists.n_q_blocks, lists.n_k_blocks
     fields: dict[str, Any] = {}
     for prefix, (counts, indices) in (("", partial), ("full_", full)):
-        fields[f"{prefix}kv_num_blocks"] = counts.to(device)
+        fields[f"{prefix}kv_num_blocks"] = counts.to(device, copy=True)
         fields[f"{prefix}kv_indices"] = _widened(indices.to(device), nk)
         q_counts, q_indices = transpose_lists(counts, indices, nk) if backward else (None, None)
         fields[f"{prefix}q_num_blocks"] = None if q_counts is None else q_counts.to(device)
@@ -203,9 +203,8 @@ def to_flex(lists: BlockLists, device: torch.device, *, backward: bool = True) -
 
 
 def _widened(indices: torch.Tensor, width: int) -> torch.Tensor:
-    if indices.shape[-1] == 1:  # an empty partial list, most often: a view, no memory
-        return indices.expand(*indices.shape[:-1], width)
-    return torch.nn.functional.pad(indices, (0, width - indices.shape[-1]))
+    """Contiguous, full and partial lists alike: in places flex reads one with the strides of the other."""
+    return torch.nn.functional.pad(indices, (0, width - indices.shape[-1])).contiguous()
 
 
 def _flex_parts(

@@ -190,13 +190,14 @@ class BlockLists:
         """Pairs that both masks attend."""
         from .compose import intersect
 
-        return intersect(self, other)
+        # Kept: processors combine the same masks in every layer and step.
+        return self._cached_value(("and", other.digest), lambda: intersect(self, other))
 
     def __or__(self, other: BlockLists) -> BlockLists:
         """Pairs that at least one of the masks attends."""
         from .compose import unite
 
-        return unite(self, other)
+        return self._cached_value(("or", other.digest), lambda: unite(self, other))
 
     def force(self, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> BlockLists:
         """The mask plus whole bands: every block that touches a query token in `rows` or a key token in

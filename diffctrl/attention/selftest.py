@@ -88,8 +88,8 @@ def small_request(request: Request) -> Request:
         batch=2,
         heads=4 if grouped else 3,
         kv_heads=2 if grouped else 3,
-        q_len=3 * bq + 5,
-        k_len=3 * bk + 5,
+        q_len=3 * bq + min(5, bq),
+        k_len=3 * bk + min(5, bk),
     )
 
 

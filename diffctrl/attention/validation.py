@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .rules import Rule
+
 if TYPE_CHECKING:
     from .lists import BlockLists
 
@@ -44,7 +46,8 @@ def validated_fields(lists: BlockLists) -> dict[str, Any]:
         fields["n_valid"] = _checked_n_valid(lists.n_valid, counts.shape[0], lists.lengths[1])
     if lists.rule is not None:
         _check_rule(lists)
-        fields["rule"] = lists.rule.to("cpu")
+        tensors = (t.detach().to("cpu", copy=True).contiguous() for t in lists.rule.tensors)
+        fields["rule"] = Rule(lists.rule.kind, tuple(tensors))
     return fields
 
 
@@ -79,7 +82,9 @@ def _canonical(
     low, high = int(counts.min()), int(counts.max())
     if low < 0 or high > indices.shape[3]:
         raise ValueError(f"{prefix}counts run from {low} to {high}; accepted is 0 to W = {indices.shape[3]}.")
-    indices = indices[..., : max(high, 1)].contiguous()
+    if indices.shape[3] > max(high, 1):
+        # A tensor of its own, never a view: compiled code guards on the strides of a view's base.
+        indices = indices[..., : max(high, 1)].clone(memory_format=torch.contiguous_format)
     used = torch.arange(indices.shape[3], dtype=torch.int32) < counts.unsqueeze(-1)
     indices.masked_fill_(~used, 0)
     if int(indices.min()) < 0 or int(indices.max()) >= nk:

@@ -46,12 +46,19 @@ class FlexKernel:
         block_mask = mask.cached(device, f"flex {backward}", lambda: mask.to_flex(device, backward=backward))
         q, k, v = (t.transpose(1, 2) for t in (operands.query, operands.key, operands.value))
         run = compiled_flex(str(device), request.dtype, request.head_dim, _kind(request))
-        options = _kernel_options(request)
-        # One tensor for the scale would be ideal; FlexAttention takes a float and bakes it in: one graph per
-        # scale.
-        out, lse = run(
-            q, k, v, block_mask, operands.scale, request.heads != request.kv_heads, request.needs_lse, options
-        )
+        # FlexAttention takes the scale as a float: one graph per value. Grad mode is a guard of dynamo's, so
+        # it is set to what matters; the self-test's graph is then the one that real calls run.
+        with torch.set_grad_enabled(request.needs_grad):
+            out, lse = run(
+                q,
+                k,
+                v,
+                block_mask,
+                operands.scale,
+                request.heads != request.kv_heads,
+                request.needs_lse,
+                _kernel_options(request),
+            )
         return out.transpose(1, 2), lse.contiguous() if lse is not None else None
 
 
@@ -102,7 +109,8 @@ def compiled_flex(
     eagerly, that is densely, and say nothing. The limit counts per code object, hence the copy.
     """
     copy = types.FunctionType(_flex.__code__.replace(), _flex.__globals__, f"flex_{head_dim}")
-    return torch.compile(copy, fullgraph=True)
+    # dynamic: the shapes of the self-test and those of the call run the very same code, compiled once.
+    return torch.compile(copy, fullgraph=True, dynamic=True)
 
 
 def _kernel_options(request: Request) -> dict[str, Any] | None:
@@ -110,7 +118,9 @@ def _kernel_options(request: Request) -> dict[str, Any] | None:
         return None
     # The kernel's tiles must divide the mask's blocks. A plain loop on Hopper is best with 128 x 64 tiles
     # and 4 warps.
+    # BACKEND: short queries would otherwise take the decoding kernel, which the self-test does not see.
     options: dict[str, Any] = {
+        "BACKEND": "TRITON",
         "fwd_BLOCK_M": _largest(request.block[0], (128, 64, 32, 16)),
         "fwd_BLOCK_N": _largest(request.block[1], (64, 32, 16)),
     }

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ..lists import BlockLists
 from ..rules import Rule
@@ -64,8 +63,9 @@ class _Gathered(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph: `once_differentiable` would drop the second order in some cases
+            raise RuntimeError("Block-sparse attention has first-order gradients only: no create_graph=True.")
         query, key, value, out, lse = ctx.saved_tensors
         return *gathered_backward(query, key, value, ctx.mask, ctx.scale, grad, out, lse), None, None
 
