@@ -1,0 +1,250 @@
+"""The kernels of a GPU, bf16: the same properties for each of them. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffctrl.attention import BlockLists, EngineStats, attend, kernel_report, merge
+from diffctrl.attention.chain import load, request_for
+from diffctrl.attention.kernels.base import Operands
+from tests.attention.cases import assert_matches, make_inputs, make_rule, random_lists, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+BF16 = torch.bfloat16
+LISTS = ("flash4", "triton", "flex", "gathered")
+DENSE = ("flash4", "cudnn", "sdpa")
+
+
+def usable(name: str, inputs, mask: BlockLists | None, *, lse: bool = False, grad: bool = False) -> None:
+    """Skips, in the kernel's own words, where it cannot take the call. A failed self-test is not skipped."""
+    kernel = load(name)
+    if isinstance(kernel, str):
+        pytest.skip(f"{name} {kernel}")
+    request = request_for(Operands(*inputs, scale=1.0, mask=mask), needs_lse=lse, needs_grad=grad)
+    reason = kernel.why_not(request)
+    if reason is not None:
+        pytest.skip(f"{name} {reason}")
+
+
+def cuda_inputs(batch, heads, kv_heads, lengths, dim, **kwargs):
+    kwargs.setdefault("dtype", BF16)
+    return make_inputs(batch, heads, kv_heads, lengths, dim, device="cuda", **kwargs)
+
+
+# The rows of the table: lengths, head dim, heads, kv heads, block, what is special. Heads as in the self-test, and
+# few rows for flex, which compiles for each kind of mask and head dim.
+FLEX_CASES = {"1001", "grouped", "lengths", "causal", "key validity", "dim 72"}
+CASES = {
+    "one token": ((1, 1), 64, 3, 3, (128, 128), {}),
+    "127": ((127, 127), 64, 3, 3, (128, 128), {}),
+    "129": ((129, 129), 64, 3, 3, (128, 128), {}),
+    "1001": ((1001, 1001), 128, 3, 3, (128, 128), {}),
+    "cross": ((300, 1001), 128, 3, 3, (128, 128), {}),
+    "grouped": ((700, 700), 128, 4, 2, (128, 128), {}),
+    "shared list": ((700, 700), 128, 3, 3, (128, 128), {"heads": 1}),
+    "per batch row": ((700, 700), 128, 3, 3, (128, 128), {"batch": 2}),
+    "fine keys": ((1001, 1001), 128, 3, 3, (128, 64), {}),
+    "fine both": ((500, 500), 64, 3, 3, (64, 64), {}),
+    "dim 32": ((400, 400), 33, 3, 2, (128, 128), {}),
+    "dim 72": ((400, 400), 73, 3, 2, (128, 128), {}),
+    "dim 96": ((400, 400), 96, 3, 3, (128, 128), {}),
+    "dim 256": ((400, 400), 256, 3, 3, (128, 128), {}),
+    "lengths": ((400, 400), 128, 3, 3, (128, 128), {"n_valid": [129, 400]}),
+    "length 0 and 1": ((400, 400), 128, 3, 3, (128, 128), {"n_valid": [0, 1]}),
+    "empty rows": ((700, 700), 128, 3, 3, (128, 128), {"density": 0.15, "allow_empty": True}),
+    "causal": ((400, 400), 128, 3, 3, (128, 128), {"rule": "causal"}),
+    "frame window": ((400, 400), 128, 3, 3, (128, 128), {"rule": "frame_window"}),
+    "key validity": ((400, 400), 128, 3, 3, (128, 128), {"rule": "kv_validity"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case"), [(k, c) for k in LISTS for c in CASES if k != "flex" or c in FLEX_CASES]
+)
+def test_lists_equal_the_reference(kernel, case):
+    lengths, dim, heads, kv_heads, block, special = CASES[case]
+    fields = {"heads": heads} | special
+    if "rule" in fields:
+        fields["rule"] = make_rule(fields["rule"], lengths, 2)
+    mask = random_lists(block, lengths, **fields)
+    inputs = cuda_inputs(2, heads, kv_heads, lengths, dim)
+    usable(kernel, inputs, mask, lse=True)
+    out, lse = attend(*inputs, mask=mask, kernel=kernel, return_lse=True)
+    assert_matches(out, lse, reference(*inputs, mask))
+
+
+@pytest.mark.parametrize("kernel", LISTS)
+def test_a_key_outside_the_lists_does_not_move_a_bit(kernel):
+    lengths = (1001, 1001)
+    mask = random_lists((128, 128), lengths, density=0.3, heads=3)
+    q, k, v = cuda_inputs(1, 3, 3, lengths, 128)
+    usable(kernel, (q, k, v), mask, lse=True)
+    out, _ = attend(q, k, v, mask=mask, kernel=kernel, return_lse=True)
+    listed = mask.to_dense_bool()
+    for token in (5, 500, 1000):
+        k2, v2 = k.clone(), v.clone()
+        k2[:, token], v2[:, token] = 3.0, 50.0
+        moved, _ = attend(q, k2, v2, mask=mask, kernel=kernel, return_lse=True)
+        changed = (moved != out).any(-1).transpose(1, 2).cpu()
+        outside = ~listed[..., token].expand_as(changed)
+        assert not bool(changed[outside].any())
+        assert bool(changed[~outside].any())
+
+
+@pytest.mark.parametrize("kernel", LISTS)
+def test_the_same_bits_in_every_run_and_batch(kernel):
+    lengths = (1001, 1001)
+    mask = random_lists((128, 128), lengths, density=0.3, heads=3)
+    inputs = cuda_inputs(3, 3, 3, lengths, 128)
+    usable(kernel, inputs, mask, lse=True)
+    out, lse = attend(*inputs, mask=mask, kernel=kernel, return_lse=True)
+    for _ in range(20):
+        again, lse_again = attend(*inputs, mask=mask, kernel=kernel, return_lse=True)
+        assert torch.equal(out, again)
+        assert torch.equal(lse, lse_again)
+    alone = attend(*(t[1:2] for t in inputs), mask=mask, kernel=kernel, return_lse=True)
+    assert torch.equal(alone[0][0], out[1])
+
+
+@pytest.mark.parametrize("kernel", LISTS)
+def test_all_blocks_equal_dense_attention(kernel):
+    inputs = cuda_inputs(2, 3, 3, (1001, 1001), 128)
+    mask = BlockLists.full((128, 128), (1001, 1001))
+    usable(kernel, inputs, mask, lse=True)
+    assert_matches(*attend(*inputs, mask=mask, kernel=kernel, return_lse=True), reference(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dim"), [(k, d) for k in LISTS for d in (64, 128) if (k, d) != ("flex", 64)]
+)
+def test_gradients_over_lists(kernel, dim):
+    lengths = (1001, 1001)
+    mask = random_lists((128, 128), lengths, density=0.4, heads=3)
+    inputs = cuda_inputs(1, 3, 3, lengths, dim, requires_grad=True)
+    usable(kernel, inputs, mask, grad=True)
+    direction = torch.randn(1, 1001, 3, dim, device="cuda")
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(
+        attend(*exact, mask=mask, kernel="reference"), exact, direction.to(BF16).double().cpu()
+    )
+    got = torch.autograd.grad(attend(*inputs, mask=mask, kernel=kernel), inputs, direction.to(BF16))
+    for one, two in zip(got, expected, strict=True):
+        assert float((one.double().cpu() - two).norm() / two.norm()) < 2e-2
+
+
+@pytest.mark.parametrize(("lengths", "dim"), [((1001, 1001), 128), ((4096, 77), 64), ((129, 500), 72)])
+@pytest.mark.parametrize("kernel", DENSE)
+def test_dense_kernels(kernel, lengths, dim):
+    for strided in (False, True):
+        inputs = cuda_inputs(2, 3, 3, lengths, dim)
+        if strided:  # heads outermost in memory, as after a fused projection that was split by heads
+            inputs = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs)
+        usable(kernel, inputs, None, lse=True)
+        out, lse = attend(*inputs, kernel=kernel, return_lse=True)
+        expected = reference(*inputs)
+        assert_matches(out, lse, expected)
+        assert_matches(attend(*inputs, kernel=kernel), None, expected)
+
+
+def test_dense_gradients_of_the_default_choice():
+    inputs = cuda_inputs(1, 3, 3, (1001, 1001), 64, requires_grad=True)
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    got = torch.autograd.grad(attend(*inputs).sum(), inputs)
+    expected = torch.autograd.grad(attend(*exact, kernel="reference").sum(), exact)
+    for one, two in zip(got, expected, strict=True):
+        assert float((one.double().cpu() - two).norm() / two.norm().clamp(min=1.0)) < 2e-2
+
+
+def test_the_default_choice_is_within_rounding_of_the_stock_call_and_a_backend_is_obeyed():
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    inputs = cuda_inputs(2, 3, 3, (1001, 1001), 128)
+    stats = EngineStats()
+    stock = dispatch_attention_fn(*inputs)
+    assert_matches(attend(*inputs, stats=stats), None, reference(*inputs))
+    assert set(stats.calls) <= set(DENSE)
+    assert torch.equal(attend(*inputs, backend="native"), stock)
+    attn_mask = torch.rand(2, 1, 1001, 1001, device="cuda") < 0.9
+    assert torch.equal(
+        attend(*inputs, attn_mask=attn_mask), dispatch_attention_fn(*inputs, attn_mask=attn_mask)
+    )
+    full = [t.float() for t in inputs]
+    assert torch.equal(attend(*full), dispatch_attention_fn(*full))
+
+
+def test_fp32_runs_gathered_blocks():
+    stats = EngineStats()
+    mask = random_lists((128, 128), (700, 700), heads=3)
+    inputs = cuda_inputs(1, 3, 3, (700, 700), 64, dtype=torch.float32)
+    out, lse = attend(*inputs, mask=mask, return_lse=True, kernel="gathered", stats=stats)
+    assert_matches(out, lse, reference(*inputs, mask))
+    chosen = EngineStats()
+    assert_matches(attend(*inputs, mask=mask, stats=chosen), None, reference(*inputs, mask), factor=300)
+    assert sum(chosen.calls.values()) == 1
+
+
+def test_offsets_past_two_to_the_31():
+    """B * H * S * D > 2^31: the last head of the last row is compared."""
+    length, heads, dim, batch = 32768, 24, 128, 22
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB of free GPU memory")
+    mask = BlockLists.from_dense_blocks(torch.eye(256).bool()[None, None], (128, 128), (length, length))
+    inputs = [torch.randn(batch, length, heads, dim, device="cuda", dtype=BF16) for _ in range(3)]
+    out = attend(*inputs, mask=mask)
+    small = random_lists((128, 128), (128, 128))
+    part = [t[-1:, -128:, -1:] for t in inputs]
+    assert_matches(out[-1:, -128:, -1:], None, reference(*part, small))
+
+
+def test_poisoned_memory_and_two_streams_do_not_show():
+    lengths = (700, 700)
+    mask = random_lists((128, 128), lengths, density=0.3, heads=3)
+    inputs = cuda_inputs(2, 3, 3, lengths, 128)
+    expected = attend(*inputs, mask=mask)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for step in range(40):
+        poison = torch.full((8 << 20,), float("nan"), device="cuda")
+        del poison
+        with torch.cuda.stream(streams[step % 2]):
+            out = attend(*inputs, mask=mask)
+        streams[step % 2].synchronize()
+        assert torch.equal(out, expected)
+
+
+def test_compiled_calls_take_the_same_kernel():
+    stats = EngineStats()
+    layer = torch.compile(lambda q, k, v, m: attend(q, k, v, mask=m, stats=stats), fullgraph=True)
+    for length in (700, 700, 1001):
+        mask = random_lists((128, 128), (length, length), density=0.4, heads=3).pin("cuda")
+        inputs = cuda_inputs(1, 3, 3, (length, length), 128)
+        assert torch.equal(layer(*inputs, mask.on("cuda")), attend(*inputs, mask=mask, stats=stats))
+    assert len(stats.calls) == 1
+    with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException)):
+        layer(*inputs, random_lists((128, 128), (1001, 1001), heads=3, seed=9))
+
+
+def test_parts_of_different_kernels_merge():
+    inputs = cuda_inputs(1, 3, 3, (700, 777), 128)
+    q, k, v = inputs
+    video = random_lists((128, 128), (700, 700), density=0.3, heads=3)
+    parts = [
+        attend(q, k[:, :700], v[:, :700], mask=video, return_lse=True),
+        attend(q, k[:, 700:], v[:, 700:], return_lse=True),
+    ]
+    out, lse = merge(*zip(*parts, strict=True))
+    left, left_lse = reference(q, k[:, :700], v[:, :700], video)
+    right, right_lse = reference(q, k[:, 700:], v[:, 700:])
+    expected = merge([left.float(), right.float()], [left_lse, right_lse])
+    assert_matches(out, lse, (expected[0].double(), expected[1]), factor=2)
+
+
+def test_the_report_of_this_card():
+    for row in kernel_report("cuda", head_dim=128):
+        print(f"{row.name:10s} {'works' if row.works else 'no'}  {row.reason or ''}  {row.error}")
+        assert row.works or row.reason
