@@ -1,0 +1,270 @@
+"""flash-attn-4 (the package `flash-attn-4`, imported as `flash_attn.cute`): dense, and over block lists on
+sm90 and sm100.
+
+What this file knows about version 4.0.0b36, and checks before it trusts:
+  - On sm80 to sm89 the block lists are ignored without a word, on sm120 they are refused: lists are gated by
+    arch here.
+  - The end of the keys is masked in the last entry of a list only: lists must ascend (`BlockLists` sees to
+    it), and with per-row lengths end with the block of the last valid key (`clipped`).
+  - A partial list is mandatory, and block_size must be given, else it is guessed from the shapes.
+  - Without the transposed lists the backward is wrong by orders of magnitude.
+  - A call costs 80 to 100 us of Python, more than the kernel of a short sequence. The compiled function
+    behind it is called directly where the version is the one this was written for; see `_Entry`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..convert import fa4_block
+from .base import Operands, Request
+from .flash4_library import (
+    PACKAGE,
+    PreparedLists,
+    installed_version,
+    library,
+    make_transposed,
+    prepared_lists,
+)
+
+PINNED = "4.0.0b36"
+_LOCK = threading.RLock()
+
+
+class Flash4Kernel:
+    name = "flash4"
+
+    def why_not(self, request: Request) -> str | None:
+        if request.device_type != "cuda" or torch.version.hip is not None:
+            return "needs an NVIDIA GPU"
+        if request.arch is None or request.arch // 10 not in (9, 10):
+            return f"is used on sm90 and sm100 only, not on sm{request.arch}"
+        if installed_version() is None:
+            return f"needs the package {PACKAGE}: pip install 'diffctrl[gpu]' (or [gpu-cu13])"
+        if request.dtype not in (torch.float16, torch.bfloat16):
+            return f"takes float16 and bfloat16, not {request.dtype}"
+        if request.attn_mask != "none":
+            return "takes no attn_mask"
+        largest = 256 if request.arch // 10 == 9 else 128
+        if request.head_dim % 8 or not 8 <= request.head_dim <= largest:
+            return f"takes head dims that are multiples of 8 up to {largest} here, not {request.head_dim}"
+        return _why_not_lists(request) if request.sparse else None
+
+    def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = operands.query, operands.key, operands.value
+        if request.needs_grad:
+            out, lse = _Differentiable.apply(query, key, value, operands, request.arch)
+            return out, lse if request.needs_lse else None
+        lists = prepared_lists(operands, request.arch)
+        return _forward(query, key, value, operands.scale, request.needs_lse, lists, request.arch)
+
+    def backward(
+        self, operands: Operands, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of query, key and value from what the forward returned."""
+        return _backward(operands, grad, out, lse)
+
+
+def _why_not_lists(request: Request) -> str | None:
+    assert request.arch is not None
+    try:
+        fa4_block(request.block, request.arch, request.head_dim)
+    except ValueError as error:
+        return str(error)
+    if request.rule is not None:
+        return f"has no element rules here, the mask has partial blocks with rule {request.rule!r}"
+    if request.per_row_lengths and (request.arch // 10 != 9 or request.needs_grad):
+        return "takes per-row lengths with lists in the forward on sm90 only"
+    if not request.needs_grad:
+        return None
+    if request.arch // 10 != 9:
+        return "has a checked backward over lists on sm90 only"
+    rows = 128 if request.head_dim <= 64 else 64
+    if request.head_dim > 128 or request.block[1] != 128 or request.block[0] % rows:
+        return (
+            f"has a backward over lists for head dims up to 128 with blocks (multiple of {rows}, 128), "
+            f"not for head dim {request.head_dim} with {request.block}"
+        )
+    return None
+
+
+# --- forward
+# --------------------------------------------------------------------------------------------------------
+
+_DENSE_ENTRIES: dict[tuple[Any, ...], Any] = {}
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    needs_lse: bool,
+    lists: PreparedLists | None,
+    arch: int | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    # Gradients are handled in `_Differentiable`; a tensor that asks for one would change the compiled
+    # function.
+    query, key, value = query.detach(), key.detach(), value.detach()
+    entries = _DENSE_ENTRIES if lists is None else lists.entries
+    direct = arch == 90 and _direct_calls() and all(_as_the_kernel_wants(t) for t in (query, key, value))
+    entry_key = (
+        query.dtype, query.shape[0], query.shape[2], key.shape[2], query.shape[3], needs_lse,
+        query.device.index,
+    )  # fmt: skip
+    entry = entries.get(entry_key) if direct else None
+    if entry is not None:
+        return entry(query, key, value, scale, needs_lse, None if lists is None else lists.lengths)
+    kwargs: dict[str, Any] = {"softmax_scale": scale, "return_lse": needs_lse}
+    if lists is not None:
+        kwargs["block_sparse_tensors"] = lists.tensors
+    package = library()
+    function = package.flash_attn_func
+    if lists is not None and lists.lengths is not None:
+        function, kwargs["seqused_k"] = package.flash_attn_varlen_func, lists.lengths
+    if not direct:
+        return function(query, key, value, **kwargs)
+    with _LOCK, _Recorder(package._flash_attn_fwd) as recorder:
+        out, lse = function(query, key, value, **kwargs)
+    if recorder.met is not None:
+        sparse = None if lists is None else _expanded(lists.tensors, query.shape[0], query.shape[2])
+        entries[entry_key] = _Entry(recorder.met, sparse, package.AuxData(None, None))
+    return out, lse
+
+
+def _as_the_kernel_wants(tensor: torch.Tensor) -> bool:
+    """Last dim contiguous, 16-byte strides and base, nothing broadcast: what the public function passes on
+    unchanged."""
+    strides = tensor.stride()
+    return (
+        strides[3] == 1
+        and not (strides[0] | strides[1] | strides[2]) & 7
+        and 0 not in strides
+        and not tensor.data_ptr() & 15
+    )
+
+
+@functools.cache
+def _direct_calls() -> bool:
+    return installed_version() == PINNED
+
+
+class _Recorder:
+    """Stands in for the library's cache of compiled functions during one public call and notes which one it
+    used."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner, self.cache, self.met = owner, owner.compile_cache, None
+
+    def __enter__(self) -> _Recorder:
+        self.owner.compile_cache = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.owner.compile_cache = self.cache
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.cache
+
+    def __setitem__(self, key: Any, function: Any) -> None:
+        self.cache[key] = function
+
+    def __getitem__(self, key: Any) -> Any:
+        self.met = self.cache[key]
+        return self.met
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A compiled forward of sm90, called as version 4.0.0b36 calls it: outputs are made here, the rest is
+    fixed.
+
+    Private to the library, so: only for the pinned version, and the self-test of the chain runs through it
+    (its second and third call of a shape come here) before the kernel is used.
+    """
+
+    function: Any
+    sparse: tuple[Any, ...] | None
+    aux: Any
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        needs_lse: bool,
+        lengths: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, q_len, heads, _ = query.shape
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        lse = query.new_empty((batch, heads, q_len), dtype=torch.float32) if needs_lse else None
+        self.function(
+            query, key, value, out, lse, scale,
+            None, None, None, lengths,  # cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+            None, None, None, None,  # page table, window left and right, sink
+            self.sparse, self.aux, None, None,
+        )  # fmt: skip
+        return out, lse
+
+
+def _expanded(tensors: Any, batch: int, heads: int) -> tuple[Any, ...]:
+    """The lists with their shared dims expanded to B and H (stride 0, no copy), in the order of the compiled
+    call."""
+    lists = (
+        tensors.mask_block_cnt, tensors.mask_block_idx, tensors.full_block_cnt, tensors.full_block_idx,
+    )  # fmt: skip
+    return (*(t.expand(batch, heads, *t.shape[2:]) for t in lists), None, None, None, None)
+
+
+# --- backward
+# ---------------------------------------------------------------------------------------------------------
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        operands: Operands,
+        arch: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = _forward(query, key, value, operands.scale, True, prepared_lists(operands, arch), arch)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale, ctx.mask = operands.scale, operands.mask
+        ctx.mark_non_differentiable(lse)
+        assert lse is not None
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        query, key, value, out, lse = ctx.saved_tensors
+        return *_backward(Operands(query, key, value, ctx.scale, ctx.mask), grad, out, lse), None, None
+
+
+def _backward(
+    operands: Operands, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mask, device = operands.mask, operands.query.device
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    transposed = None
+    if mask is not None:
+        transposed = mask.cached(
+            device, f"flash4 backward {deterministic}", lambda: make_transposed(mask, device, deterministic)
+        )
+    dq, dk, dv = library()._flash_attn_bwd(
+        operands.query.detach(), operands.key.detach(), operands.value.detach(), out, grad.contiguous(), lse,
+        softmax_scale=operands.scale, deterministic=deterministic, block_sparse_tensors=transposed,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+KERNEL = Flash4Kernel()
