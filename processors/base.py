@@ -43,7 +43,6 @@ class ControlAttnProcessor(Control, AttnProcessor):
     _parallel_config: Any = None
 
     def __init__(self) -> None:
-        Control.__init__(self)
         self.controls: tuple[Control, ...] = (self,)
 
     def composed(self, controls: Sequence[Control]) -> ControlAttnProcessor:
@@ -76,35 +75,27 @@ class ControlAttnProcessor(Control, AttnProcessor):
         for control in controls:
             output = control.transform_output(site, call, output)
         for query, key, value in call.added:
-            output = output + self._dense(site, query, key, value)
+            output = output + attend(
+                query, key, value, backend=self._attention_backend, stats=site.context.stats
+            )
         return site.route.finish(attn, call, output)
 
     def _attend(self, attn: nn.Module, site: Site, call: Call) -> Tensor:
-        if site.mask is not None:  # carries the lengths of `attention_mask`, see `diffctrl.control.hooks`
-            return attend(
-                call.query,
-                call.key,
-                call.value,
-                mask=site.mask,
-                backend=self._attention_backend,
-                stats=site.context.stats,
-            )
-        if site.route.dense is not None:
+        stats = site.context.stats
+        if site.mask is None and site.route.dense is not None:
             if not torch.compiler.is_compiling():  # the engine does not count inside compiled code either
-                site.context.stats.record("stock")
+                stats.record("stock")
             return site.route.dense(attn, call, self._attention_backend)
-        return self._dense(site, call.query, call.key, call.value, call.attention_mask)
-
-    def _dense(
-        self, site: Site, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
         return attend(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
+            call.query,
+            call.key,
+            call.value,
+            mask=site.mask,
+            # Block lists carry the valid lengths of the mask themselves: see `diffctrl.control.hooks`.
+            attn_mask=call.attention_mask if site.mask is None else None,
             backend=self._attention_backend,
-            stats=site.context.stats,
+            parallel_config=self._parallel_config if call.parallel else None,
+            stats=stats,
         )
 
 
@@ -122,7 +113,7 @@ class NeutralAttnProcessor(ControlAttnProcessor):
 
 def published(site: Site, control: Control) -> Any:
     """What the control prepared for this site and the running forward, or None where it rests."""
-    return site.published.get(control.key)
+    return site.published.get(control.method)
 
 
 __all__ = ["ControlAttnProcessor", "NeutralAttnProcessor", "published"]

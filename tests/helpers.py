@@ -98,10 +98,10 @@ def _sd3_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
 # --- FLUX ---------------------------------------------------------------------------------------------------
 
 
-def _flux(**config: Any) -> nn.Module:
+def _flux(num_layers: int = 2, **config: Any) -> nn.Module:
     return FluxTransformer2DModel(
         in_channels=8,
-        num_layers=2,
+        num_layers=num_layers,
         num_single_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
@@ -236,13 +236,13 @@ def _wan_ti2v_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, 
 # --- HunyuanVideo -------------------------------------------------------------------------------------------
 
 
-def _hunyuan(**config: Any) -> nn.Module:
+def _hunyuan(num_layers: int = 2, **config: Any) -> nn.Module:
     return HunyuanVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=16,
-        num_layers=2,
+        num_layers=num_layers,
         num_single_layers=2,
         num_refiner_layers=2,
         mlp_ratio=2.0,
@@ -387,6 +387,9 @@ CASES: dict[str, ModelCase] = {
         _case("sd3-fused", "sd3", lambda: _sd3(qk_norm="rms_norm"), _sd3_inputs, _IMAGE, prepare=_fuse),
         _case("flux", "flux", lambda: _flux(guidance_embeds=True), _flux_inputs, _IMAGE, blocks=_TWO_STACKS),
         _case("flux-fused", "flux", _flux, _flux_inputs, _IMAGE, blocks=_TWO_STACKS, prepare=_fuse),
+        _case(
+            "flux-single", "flux", lambda: _flux(num_layers=0), _flux_inputs, _IMAGE, blocks=_TWO_STACKS[1:]
+        ),
         _case("unet", "unet", _sd15, _sd15_inputs, _UNET, **_UNET_BLOCKS),
         _case("sdxl", "unet", _sdxl, _sdxl_inputs, _UNET, text_valid=(TEXT, 4), **_UNET_BLOCKS),
         _case("unet-fused", "unet", _sd15, _sd15_inputs, _UNET, prepare=_fuse, **_UNET_BLOCKS),
@@ -437,6 +440,15 @@ CASES: dict[str, ModelCase] = {
             _VIDEO,
             text_valid=_PADDED,
             blocks=_TWO_STACKS,
+        ),
+        _case(
+            "hunyuan_video-single",
+            "hunyuan_video",
+            lambda: _hunyuan(num_layers=0),
+            _hunyuan_inputs,
+            _VIDEO,
+            text_valid=_PADDED,
+            blocks=_TWO_STACKS[1:],
         ),
         _case("mochi", "mochi", _mochi, _mochi_inputs, _VIDEO, text_valid=_PADDED),
         _case("cogvideox", "cogvideox", _cogvideox, _cogvideox_inputs, _VIDEO),
@@ -514,19 +526,20 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         return model(**inputs, return_dict=False)[0]
 
 
-def row_of(inputs: Mapping[str, Any], index: int, batch: int = BATCH) -> dict[str, Any]:
-    """The forward of one batch row alone."""
+def rows_of(inputs: Mapping[str, Any], *rows: int) -> dict[str, Any]:
+    """The forward of some of the BATCH rows, in this order; a row may come more than once."""
 
-    def pick(value: Any) -> Any:
+    def pick(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: pick(item) for key, item in value.items()}
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] in (batch, 2 * batch):
-            size = value.shape[0] // batch
-            return value[index * size : (index + 1) * size]
-        return value
+            return {inner: pick(inner, item) for inner, item in value.items()}
+        size = 2 * BATCH if key == "encoder_hidden_states_image" else BATCH  # two images a row, or one
+        if not isinstance(value, Tensor) or key in ("img_ids", "txt_ids") or value.ndim == 0:
+            return value
+        if value.shape[0] == size == 2 * BATCH:
+            return value.unflatten(0, (BATCH, 2))[list(rows)].flatten(0, 1)
+        return value[list(rows)] if value.shape[0] == BATCH else value
 
-    kept = ("img_ids", "txt_ids", "image_rotary_emb")
-    return {key: value if key in kept else pick(value) for key, value in inputs.items()}
+    return {key: pick(key, value) for key, value in inputs.items()}
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -13,8 +13,6 @@ from diffctrl.attention import BlockLists
 from diffctrl.control.context import Context
 from diffctrl.families.base import Call, Family, Site
 
-_keys = itertools.count()
-
 
 class Guidance(Protocol):
     """A method that steers with a perturbed twin of the conditional rows, run in the same batch."""
@@ -62,9 +60,6 @@ class Control:
     method: ClassVar[str]
     contributes: ClassVar[Contributions] = Contributions()
     families: ClassVar[tuple[str, ...] | None] = None  # None: every family
-
-    def __init__(self) -> None:
-        self.key = f"{self.method}-{next(_keys)}"
 
     @property
     def guidance(self) -> Guidance | None:

@@ -212,33 +212,30 @@ class _Publisher:
 
     def __init__(self, sites: Sequence[Site], family: Family) -> None:
         self._sites, self._family = sites, family
-        self._checked: tuple[str, ...] = ()
+        self._checked: list[Control] = []
         self._prepared: dict[str, Published | None] = {}
         self._masks: dict[tuple, BlockLists] = {}
 
     def controls(self) -> list[Control]:
         """The controls of the processors that the sites carry now, checked once where they are new."""
-        found: dict[str, Control] = {}
-        for site in self._sites:
-            for control in getattr(site.module.processor, "controls", ()):
-                found[control.key] = control
-        controls = list(found.values())
-        if tuple(found) != self._checked:  # put on by `model.set_attn_processor`, without `apply`
-            for site in self._sites:
-                site.published.clear()
+        carried = [c for site in self._sites for c in getattr(site.module.processor, "controls", ())]
+        controls = list({id(control): control for control in carried}.values())
+        if controls != self._checked:  # `model.set_attn_processor` puts them on without `apply`
             check_composition(controls)
             for control in controls:
                 check_control(control, self._family, self._sites)
-            self._checked = tuple(found)
+            for site in self._sites:
+                site.published.clear()
+            self._checked, self._prepared = controls, {}
         return controls
 
     def publish(self, context: Context, controls: Sequence[Control]) -> None:
-        prepared = {c.key: c.prepare(context, self._prepared.get(c.key)) for c in controls}
+        prepared = {c.method: c.prepare(context, self._prepared.get(c.method)) for c in controls}
         self._prepared = prepared
         masks: dict[tuple, BlockLists] = {}
         for site in self._sites:
-            for key, value in prepared.items():
-                site.published[key] = None if value is None else value.sites.get(site.name)
+            for method, value in prepared.items():
+                site.published[method] = None if value is None else value.sites.get(site.name)
             site.mask = self._mask(context, site, list(prepared.values()), masks)
         self._masks = masks  # what this forward did not use is forgotten
 

@@ -44,6 +44,7 @@ class Call:
         text: the text tokens among the queries, or None where the sequence holds none.
         added: further branches of the same queries, (query, key, value) each, whose outputs are added after
             every control has acted (Wan's image conditioning).
+        parallel: whether the keys are split over devices under context parallelism, as the queries are.
         saved: what `finish` and `dense` need of `project`; nobody else reads it.
     """
 
@@ -54,6 +55,7 @@ class Call:
     image: Span
     text: Span | None
     added: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+    parallel: bool = True
     saved: Mapping[str, Any] = field(default_factory=dict)
 
     def with_heads(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
@@ -119,7 +121,7 @@ class Site:
         layer: index in the stack.
         heads: query heads.
         level: how often the token grid was halved before this layer (UNets); 0 elsewhere.
-        published: what the controls prepared for this site and the running forward, by the control's key.
+        published: what the controls prepared for this site and the running forward, by method.
         mask: the block lists that this site attends in the running forward, on the device; None for all.
     """
 

@@ -68,7 +68,14 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
         query, key = _rotated(query, *inputs.image_rotary_emb), _rotated(key, *inputs.image_rotary_emb)
     added = () if image_tokens is None else (_image_branch(attn, query, image_tokens),)
     return Call(
-        query, key, value, inputs.attention_mask, image=Span(0, query.shape[1]), text=None, added=added
+        query,
+        key,
+        value,
+        inputs.attention_mask,
+        image=Span(0, query.shape[1]),
+        text=None,
+        added=added,
+        parallel=context is None,  # every device has all text and image tokens
     )
 
 

@@ -1,0 +1,32 @@
+"""The methods that the shared tests run on every family: a new method joins with one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffctrl.processors import ControlAttnProcessor, NeutralAttnProcessor, SoftPAGAttnProcessor
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """One setting of one method.
+
+    Attributes:
+        name: of the row.
+        make: makes the processor.
+        neutral: whether its output must equal the stock model's, bit for bit.
+        families: names of the families it runs on; None for all.
+    """
+
+    name: str
+    make: Callable[[], ControlAttnProcessor]
+    neutral: bool = False
+    families: tuple[str, ...] | None = None
+
+
+METHODS: tuple[MethodCase, ...] = (
+    MethodCase("neutral", NeutralAttnProcessor, neutral=True),
+    MethodCase("softpag-u0", lambda: SoftPAGAttnProcessor(u=0.0), neutral=True),
+    MethodCase("softpag", lambda: SoftPAGAttnProcessor(u=0.5, w=2.0)),
+)
