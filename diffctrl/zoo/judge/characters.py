@@ -1,4 +1,4 @@
-"""Reads characters: body, limbs and hat from the silhouette, the rest from the pixels of the fitted figure."""
+"""Reads characters: body, limbs and hat from the silhouette, the rest from pixels of the fitted figure."""
 
 import numpy as np
 import torch
@@ -26,16 +26,15 @@ def match_figure(pixels: Pixels, ground: Ground, region: Array, colours: list[in
 
 
 def _soft(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) -> Array:
-    """The silhouette (H, W) with its edge as coverage: half a pixel more would hide the lobes of a small body."""
+    """The silhouette (H, W) with a soft edge: half a pixel more would hide the lobes of a small body."""
     own = region & (pixels.colour == colours[0])
     strength = float(np.median(ground.distance[own]))
     edge = grow(region) & ~shrink(region)
     return np.where(edge, (ground.distance / strength).clip(0, 1), region.astype(np.float32))
 
 
-def read_figure(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) -> Instance:
-    """One character whose palette colours, body first, are known."""
-    match = match_figure(pixels, ground, region, colours)
+def read_figure(pixels: Pixels, region: Array, colours: list[int], match: Match) -> Instance:
+    """One character whose palette colours, body first, and silhouette are known."""
     body, hat, action = match.names
     x, y = match.frame(*region.shape)
     x, y = torch.from_numpy(x), torch.from_numpy(y)

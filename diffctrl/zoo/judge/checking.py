@@ -53,8 +53,8 @@ def _assignments(named: int, seen: int) -> list[tuple[int | None, ...]]:
 def check(image: Tensor, spec: SceneFacts) -> Verdict:
     """Check a picture against named facts.
 
-    Named objects are assigned to seen ones so that as many facts as possible hold; a fact of an object that is not
-    there does not hold.
+    Named objects are assigned to seen ones so that as many facts as possible hold; a fact of an object that
+    is not there does not hold.
 
     Args:
         image: (3, H, H) float in [0, 1]. spec: from `parse`, or from `worlds.said`.

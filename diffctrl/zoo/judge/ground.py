@@ -15,8 +15,8 @@ FLAT, LINEAR, RANKED = 0.05, 0.86, 0.80
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ground:
-    """Attributes: name in BACKGROUNDS; tones (2, 3), as they are in this picture; distance (H, W) of each pixel's
-    colour from the segment between the tones; mix (H, W), where on that segment it is, 0 to 1."""
+    """Attributes: name in BACKGROUNDS; tones (2, 3), as they are in this picture; distance (H, W) of each
+    pixel's colour from the segment between the tones; mix (H, W), where on that segment it is, 0 to 1."""
 
     name: str
     tones: Array
@@ -28,7 +28,7 @@ def _to_segment(rgb: Array, tones: Array) -> tuple[Array, Array]:
     span = tones[1] - tones[0]
     mix = ((rgb - tones[0]) @ span / (span @ span)).clip(0, 1)
     rest = rgb - (tones[0] + mix[..., None] * span)
-    return np.sqrt((rest * rest).sum(-1)), mix
+    return np.sqrt(np.einsum("...c,...c", rest, rest)), mix
 
 
 def read_ground(rgb: Array) -> Ground:

@@ -28,8 +28,8 @@ RADII = (
 
 
 @lru_cache(maxsize=1)
-def _spectra() -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, float, float]]]:
-    """Fourier transforms (T, SIDE, SIDE // 2 + 1) of the templates centred at the origin, areas (T,), parameters."""
+def _spectra() -> tuple[torch.Tensor, list[tuple[str, float, float]]]:
+    """Fourier transforms (T, SIDE, SIDE // 2 + 1) of the templates, centred at the origin, and parameters."""
     line = (torch.arange(SIDE) + 0.5 - SIDE / 2) * 2
     y, x = torch.meshgrid(line, line, indexing="ij")
     drawn, names = [], []
@@ -45,7 +45,7 @@ def _spectra() -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, float, float
                     drawn.append((0.5 - distance * radius / 2).clamp(0, 1))
                     names.append((name, radius, angle))
     stack = torch.fft.ifftshift(torch.stack(drawn), dim=(1, 2))
-    return torch.fft.rfft2(stack).conj(), stack.sum((1, 2)), names
+    return torch.fft.rfft2(stack).conj(), names
 
 
 def fit_hidden(visible: Array, free: Array) -> Match:
@@ -57,7 +57,7 @@ def fit_hidden(visible: Array, free: Array) -> Match:
     Returns:
         The match; its IoU counts free pixels only.
     """
-    spectra, _, names = _spectra()
+    spectra, names = _spectra()
     halves = torch.from_numpy(np.stack([visible & free, free]).astype(np.float32))
     halves = torch.nn.functional.avg_pool2d(halves[None], 2)[0]
     transformed = torch.fft.rfft2(halves)

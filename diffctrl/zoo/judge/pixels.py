@@ -17,16 +17,12 @@ SMALLEST = 60  # pixels of a region that can be an object; the smallest object h
 
 
 def _hue(rgb: Array) -> Array:
-    """Hue in [0, 6) of (..., 3): unchanged by mixing with white or black, so by patterns and light."""
+    """Hue in [0, 6) of (P, 3): unchanged by mixing with white or black, so by patterns and light."""
     high, low = rgb.max(-1), rgb.min(-1)
     span = np.maximum(high - low, 1e-6)
-    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
-    hue = np.where(
-        high == red,
-        (green - blue) / span,
-        np.where(high == green, 2 + (blue - red) / span, 4 + (red - green) / span),
-    )
-    return hue % 6
+    red, green, blue = rgb.T
+    other = np.where(high == green, 2 + (blue - red) / span, 4 + (red - green) / span)
+    return np.where(high == red, (green - blue) / span, other) % 6
 
 
 _PALETTE_HUE = _hue(np.asarray(COLOUR_RGB))
@@ -39,7 +35,7 @@ class Pixels:
     Attributes:
         foreground: differs from the background; never along the frame.
         colour: index of the palette colour by hue, -1 where there is none (too gray, or background).
-        white, black: gray pixels at the two ends. value, saturation: HSV.
+        white, black: gray pixels at the two ends. ink: what a black outline may have become. value: of HSV.
     """
 
     rgb: Array
@@ -47,25 +43,30 @@ class Pixels:
     colour: Array
     white: Array
     black: Array
+    ink: Array
     value: Array
 
 
 def classify(rgb: Array, ground: Ground) -> Pixels:
     """Sort the pixels of a picture (H, W, 3)."""
-    value, low = rgb.max(-1), rgb.min(-1)
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    value = np.maximum(np.maximum(red, green), blue)
+    low = np.minimum(np.minimum(red, green), blue)
     foreground = ground.distance > FOREGROUND
     foreground[:FRAME] = foreground[-FRAME:] = False
     foreground[:, :FRAME] = foreground[:, -FRAME:] = False
-    hue = _hue(rgb)
-    apart = np.abs((hue[..., None] - _PALETTE_HUE + 3) % 6 - 3)
     colourful = (value - low > CHROMA) & (ground.distance > FOREGROUND)
+    colour = np.full(value.shape, -1)
+    apart = np.abs((_hue(rgb[colourful])[:, None] - _PALETTE_HUE + 3) % 6 - 3)
+    colour[colourful] = apart.argmin(-1)
     saturation = (value - low) / np.maximum(value, 1e-3)
     return Pixels(
         rgb=rgb,
         foreground=foreground,
-        colour=np.where(colourful, apart.argmin(-1), -1),
+        colour=colour,
         white=(saturation < 0.27) & (value > 0.45),
         black=value < 0.28,
+        ink=(value < 0.36) & (value - low < 0.13),
         value=value,
     )
 
@@ -73,8 +74,8 @@ def classify(rgb: Array, ground: Ground) -> Pixels:
 def objects_in(pixels: Pixels) -> list[Array]:
     """Filled foreground regions, largest first, that are large enough to be objects.
 
-    Filled before they are smoothed: on a background of the stripes' tone only a rim of a pixel closes a shape, and
-    the majority that removes specks and whiskers would break it.
+    Filled before they are smoothed: on a background of the stripes' tone only a rim of a pixel closes a
+    shape, and the majority that removes specks and whiskers would break it.
     """
     whole = (despeckled(filled(region)) for region in regions(pixels.foreground, SMALLEST // 3))
     return sorted((mask for mask in whole if mask.sum() >= SMALLEST), key=lambda mask: -int(mask.sum()))

@@ -6,7 +6,7 @@ Array = np.ndarray
 
 
 def despeckled(mask: Array) -> Array:
-    """Without the pixels that fewer than 3 of their 8 neighbours share: specks and whiskers go, corners stay."""
+    """Without pixels that fewer than 3 of their 8 neighbours share: specks go, corners stay."""
     padded = np.pad(mask.astype(np.int8), 1)
     rows = padded[:-2] + padded[1:-1] + padded[2:]
     return mask & (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] >= 4)
@@ -29,17 +29,13 @@ def shrink(mask: Array, pixels: int = 1) -> Array:
     return ~grow(~mask, pixels)
 
 
-def _runs(row: Array) -> tuple[list[int], list[int]]:
-    change = np.flatnonzero(np.diff(np.concatenate(([0], row.view(np.int8), [0]))))
-    return change[::2].tolist(), change[1::2].tolist()
-
-
 def label(mask: Array, *, diagonal: bool) -> tuple[Array, int]:
-    """Number the connected regions 1..n (0 outside); `diagonal` joins corners. Union-find over horizontal runs."""
-    parent: list[int] = []
-    runs: list[tuple[int, int, int]] = []
+    """Number the connected regions 1..n (0 outside) by union-find over rows; `diagonal` joins corners."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, columns = np.nonzero(edges)
+    runs = list(zip(rows[::2].tolist(), columns[::2].tolist(), columns[1::2].tolist(), strict=True))
+    parent = list(range(len(runs)))
     reach = 1 if diagonal else 0
-    previous: list[int] = []
 
     def root(index: int) -> int:
         while parent[index] != index:
@@ -47,17 +43,14 @@ def label(mask: Array, *, diagonal: bool) -> tuple[Array, int]:
             index = parent[index]
         return index
 
-    for y in range(mask.shape[0]):
-        current = []
-        for start, stop in zip(*_runs(mask[y]), strict=True):
-            index = len(runs)
-            runs.append((y, start, stop))
-            parent.append(index)
-            for other in previous:
-                if runs[other][1] < stop + reach and start < runs[other][2] + reach:
-                    parent[root(other)] = root(index)
-            current.append(index)
-        previous = current
+    above, current, at = range(0), range(0), -2
+    for index, (y, start, stop) in enumerate(runs):
+        if y != at:
+            above, current, at = (current if y == at + 1 else range(0)), range(index, index), y
+        current = range(current.start, index + 1)
+        for other in above:
+            if runs[other][1] < stop + reach and start < runs[other][2] + reach:
+                parent[root(other)] = root(index)
     out = np.zeros(mask.shape, dtype=np.int32)
     numbers: dict[int, int] = {}
     for index, (y, start, stop) in enumerate(runs):
@@ -73,10 +66,21 @@ def regions(mask: Array, smallest: int) -> list[Array]:
     return [labels == index for index in order]
 
 
+def window(mask: Array) -> tuple[slice, slice]:
+    """The smallest rectangle that holds a mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return slice(0, 0), slice(0, 0)
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
 def filled(mask: Array) -> Array:
     """The mask with its holes: everything that the outside cannot reach."""
-    labels, _ = label(np.pad(~mask, 1, constant_values=True), diagonal=False)
-    return (labels != labels[0, 0])[1:-1, 1:-1]
+    box = window(mask)
+    labels, _ = label(np.pad(~mask[box], 1, constant_values=True), diagonal=False)
+    out = np.zeros_like(mask)
+    out[box] = (labels != labels[0, 0])[1:-1, 1:-1]
+    return out
 
 
 def spread(labels: Array, inside: Array) -> Array:

@@ -37,12 +37,13 @@ def evaluate(images: Tensor | Sequence[Tensor], captions: Sequence[str]) -> dict
     """Judge pictures against their captions.
 
     Args:
-        images: N pictures (3, H, H), or one tensor (N, 3, H, H), in [0, 1]. captions: N strings of the grammar.
+        images: N pictures (3, H, H), or one tensor (N, 3, H, H), in [0, 1]. captions: N strings of the
+        grammar.
 
     Returns:
-        {"exact": rate, "exact_by_kind": {"shapes": {1: rate, 2: rate, ...}, ...}, "facts": {name: rate}}. A rate is
-        {"rate", "hits", "total", "low", "high"} with a 95 % Wilson interval. A fact of an object is counted once per
-        object that it is named of, a fact of the scene once per picture.
+        {"exact": rate, "exact_by_kind": {"shapes": {1: rate, 2: rate, ...}, ...}, "facts": {name: rate}}. A
+        rate is {"rate", "hits", "total", "low", "high"} with a 95 % Wilson interval. A fact of an object is
+        counted once per object that it is named of, a fact of the scene once per picture.
     """
     if len(images) != len(captions):
         raise ValueError(f"as many images as captions are needed, got {len(images)} and {len(captions)}")

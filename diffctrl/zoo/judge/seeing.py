@@ -63,7 +63,10 @@ def _objects(pixels: Pixels, ground: Ground, found: list[Array]) -> tuple[str, l
     figures = [characters.match_figure(pixels, ground, *one) for one in coloured]
     outlines = [shapes.outlines(pixels, ground, *one) for one in coloured]
     if sum(figure.iou for figure in figures) > sum(outline.likeness for outline in outlines):
-        return "characters", [characters.read_figure(pixels, ground, *one) for one in coloured]
+        return "characters", [
+            characters.read_figure(pixels, *one, figure)
+            for one, figure in zip(coloured, figures, strict=True)
+        ]
     objects: list[Instance] = []
     for (region, _), outline in zip(coloured, outlines, strict=True):
         front = len(objects)

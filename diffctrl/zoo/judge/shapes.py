@@ -26,7 +26,8 @@ Array = np.ndarray
 class Part:
     """One instance before its facts are read: palette colour, and the match of its filled outline.
 
-    An `inner` one was matched without the outline around it. Two (H, W) bool masks: `free`, where it could be seen; `clear`, away from another instance of its region.
+    An `inner` one was matched without the outline around it. Two (H, W) bool masks: `free`, where it could be
+    seen; `clear`, away from another instance of its region.
     """
 
     colour: int
@@ -39,7 +40,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outlines:
-    """The one or two colours of a region and the filled silhouette of each, with its match; the front one first.
+    """The one or two colours of a region and the filled silhouette of each, with its match; the front one
+    first.
 
     `seen` are the pixels of each, (H, W) bool; where the region is `inked`, without any outline.
     """
@@ -72,8 +74,8 @@ def outlines(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) 
     if not inked:
         labels = spread(seen[0].astype(np.int32) + 2 * seen[1], region & pixels.foreground)
         seen = [labels == 1, labels == 2]
-    # With outlines, colour alone: nothing tells whose a black pixel between two shapes is. Stripes and dots are
-    # inside a rim of colour and come back by filling, where the shape is whole.
+    # With outlines, colour alone: nothing tells whose a black pixel between two shapes is. Stripes and dots
+    # are inside a rim of colour and come back by filling, where the shape is whole.
     masks = [filled(part) for part in seen]
     matches = [_outer(mask) for mask in masks]
     inside = [float((seen[1 - i] & masks[i]).sum() / max(seen[1 - i].sum(), 1)) for i in (0, 1)]
@@ -92,14 +94,14 @@ def _inked(pixels: Pixels, ground: Ground, region: Array) -> bool:
 
 
 def _faded(ground: Ground, region: Array) -> bool:
-    """Whether the edge of a region is a wide ramp, in which blends can have the hue of another palette colour."""
+    """Whether a region ends in a wide ramp, in which blends can have the hue of another palette colour."""
     inner = shrink(region)
     band, deep = inner & ~shrink(inner), shrink(inner, 3)
     return deep.any() and float(np.median(ground.distance[band]) / np.median(ground.distance[deep])) < 0.55
 
 
 def _ink(pixels: Pixels, ground: Ground) -> Array:
-    return pixels.white if DARK_BACKGROUNDS[BACKGROUNDS.index(ground.name)] else pixels.value < 0.40
+    return pixels.white if DARK_BACKGROUNDS[BACKGROUNDS.index(ground.name)] else pixels.ink
 
 
 def split(pixels: Pixels, region: Array, found: Outlines) -> list[Part]:
@@ -108,8 +110,8 @@ def split(pixels: Pixels, region: Array, found: Outlines) -> list[Part]:
     if len(found.colours) < 2:
         return [Part(colour=found.colours[0], match=found.matches[0], free=everywhere, clear=everywhere)]
     front, back = found.masks
-    # Background within the region (a ring's hole, or white stripes on white) says nothing about the outline of what
-    # is behind; nor do the patterns of an outlined one.
+    # Background within the region (a ring's hole, or white stripes on white) says nothing about the outline
+    # of what is behind; nor do the patterns of an outlined one.
     unknown = shrink(region, 3) & ~found.seen[1] if found.inked else region & ~pixels.foreground
     hidden = fit_hidden(found.seen[1] & ~front, ~front & ~unknown)
     margin = 4 if found.inked else 2
@@ -209,7 +211,7 @@ def _unit_area(shape: str, outside: float) -> float:
 
 
 def _radius(match: Match, shape: str, outside: float) -> float:
-    """The radius in pixels that explains the silhouette's area if its edge lies `outside` pixels too far out."""
+    """The radius in pixels that explains the area if the edge is `outside` pixels too far out."""
     area = _unit_area(match.names[0], round(match.offset, 2)) * match.radius**2
     outer = "circle" if shape == "ring" else shape
     radius = match.radius
@@ -234,7 +236,7 @@ def _outlined(pixels: Pixels, ground: Ground, part: Part, edge: Array) -> float:
 
 
 def _ramp(pixels: Pixels, ground: Ground, own: Array, clear: Array, edge: Array) -> float:
-    """Width in pixels of the edge's ramp: the linear ramp, of any place and height, that fits the profile best."""
+    """Width in pixels of the linear ramp, at any place and of any height, that fits the edge best."""
     near = clear & (np.abs(edge) < 5)
     # Inside, stripes and dots are no part of the profile.
     near &= (edge > -0.5) | (own & ~pixels.white & ~pixels.black)

@@ -1,8 +1,9 @@
 """Silhouettes of everything that the renderer draws, in one normal position, and the best match among them.
 
-A silhouette is moved so that its centroid is the origin and scaled so that its area is that of the unit disc; what
-is left are shape and turn, which one matrix product compares with a bank of silhouettes from the renderer's own
-signed distances. The bank remembers where each template's own frame lies, so a match also gives centre and radius.
+A silhouette is moved so that its centroid is the origin and scaled so that its area is that of the unit disc;
+what is left are shape and turn, which one matrix product compares with a bank of silhouettes from the
+renderer's own signed distances. The bank remembers where each template's own frame lies, so a match also
+gives centre and radius.
 """
 
 import math
@@ -18,7 +19,7 @@ from diffctrl.zoo.worlds.vocabulary import ACTIONS, BODIES, HATS, SHAPES
 from .regions import filled
 
 Array = np.ndarray
-GRID = 40
+GRID = 36
 REACH = 1.9  # half-width of the normalised window, in radii of a disc of the same area
 OUTER_SHAPES = tuple(name for name in SHAPES if name != "ring")  # a filled ring is a circle
 
@@ -28,11 +29,12 @@ class Bank:
     """T templates.
 
     Attributes:
-        rows: (T, C * GRID * GRID) float32, soft silhouettes; C = 2 where a second channel shows the hat alone.
+        rows: (T, C * GRID * GRID) float32, soft silhouettes; C = 2 where a second channel shows the hat
+        alone.
         norms: (T,), their sums of squares. names: T tuples, what each one shows.
         angle, mirror, scale: (T,) float; `scale` is radii per normalised unit. centre: (T, 2), the normalised
-            silhouette's centroid in the object's frame, upright, in radii. offset: (T,), how far outside the zero
-            line the silhouette ends, in radii.
+            silhouette's centroid in the object's frame, upright, in radii. offset: (T,), how far outside the
+            zero line the silhouette ends, in radii.
     """
 
     rows: Array
@@ -88,7 +90,8 @@ def normalise(mask: Array, *more: Array) -> tuple[Array, tuple[float, float, flo
     """Move and scale a mask (H, W) to the normal position, and `more` masks of the same size along with it.
 
     Returns:
-        (C * GRID * GRID,) float32 for C masks, and (x, y, unit): where the origin lies and how long the unit is, in pixels.
+        (C * GRID * GRID,) float32 for C masks, and (x, y, unit): where the origin lies and how long the unit
+        is, in pixels.
     """
     weights = mask.astype(np.float32)
     y, x = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]].astype(np.float32) + 0.5
@@ -143,7 +146,7 @@ def _bank(entries: list[_Entry]) -> Bank:
 
 @lru_cache(maxsize=1)
 def shape_bank() -> Bank:
-    """Filled silhouettes of OUTER_SHAPES, turned by up to 15 degrees, with edges up to 0.16 radii further out."""
+    """Filled silhouettes of OUTER_SHAPES, turned by up to 15 degrees, edges up to 0.16 radii further out."""
     entries = []
     for degrees in np.linspace(-15, 15, 9):
         angle = math.radians(degrees)
@@ -189,9 +192,9 @@ def _poses() -> list[tuple[int, float, float]]:
 
 
 def overlaps(bank: Bank, mask: Array, *more: Array) -> tuple[Array, tuple[float, float, float]]:
-    """Soft IoU of masks, one per channel of the bank, with each template (T,), and their normal position in pixels."""
+    """Soft IoU (T,) of masks, one per channel of the bank, with each template; their normal position."""
     row, place = normalise(mask, *more)
-    # The sum of minima would need T passes; for nearly binary rows the product is the same and is one product.
+    # The sum of minima would need T passes; for nearly binary rows one matrix product is the same.
     both = bank.rows @ row
     return both / (bank.norms + float(row @ row) - both), place
 

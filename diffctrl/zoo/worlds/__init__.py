@@ -1,7 +1,8 @@
 """Generated worlds: scenes, their pictures with exact masks, and their captions."""
 
-from .captions import CAPTION_UNIFORMS, caption_words, said, to_text
+from .captions import CAPTION_UNIFORMS, caption_words, said, to_text, truth
 from .facts import ObjectFacts, SceneFacts
+from .referring import referring
 from .rendering import render
 from .sampling import sample
 from .scenes import Scenes, concatenate
@@ -17,8 +18,10 @@ __all__ = [
     "Scenes",
     "caption_words",
     "concatenate",
+    "referring",
     "render",
     "said",
     "sample",
     "to_text",
+    "truth",
 ]

@@ -224,6 +224,24 @@ def said(scenes: Scenes, uniforms: Tensor) -> list[SceneFacts]:
     return [_facts(scenes, plan, index) for index in range(len(scenes))]
 
 
+def truth(scenes: Scenes) -> list[SceneFacts]:
+    """Every fact of each scene, as if its caption named all of them; objects in the order of the scene."""
+    present, figure = scenes.present, scenes.character[:, None] & scenes.present
+    shape = present & ~figure
+    every = torch.ones_like(scenes.character)
+    keep_object = {"noun": shape, "size": shape, "colour": present, "pattern": present}
+    keep_object |= dict.fromkeys(("body", "eyes", "hat", "action"), figure)
+    keep_object["hat_colour"] = figure & (scenes.hat > 0)
+    plan = _Plan(
+        order=torch.arange(MAX_OBJECTS, device=scenes.device).expand(len(scenes), -1),
+        relation=scenes.relation,
+        keep={"style": ~scenes.character, "background": every, "texture": every},
+        keep_object=keep_object,
+        fillers=torch.full((len(scenes), MAX_FILLERS), -1, device=scenes.device),
+    )
+    return [_facts(scenes, plan, index) for index in range(len(scenes))]
+
+
 def _facts(scenes: Scenes, plan: _Plan, index: int) -> SceneFacts:
     character = bool(scenes.character[index])
 

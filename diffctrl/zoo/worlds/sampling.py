@@ -21,9 +21,9 @@ WORLDS = ("mixed", "shapes", "characters")
 SHAPES_SHARE = 0.6
 COUNT_SHARES = (0.45, 0.40, 0.15)
 TEXTURE_SHARES = (0.40, 0.15, 0.15, 0.15, 0.15)
-MARGIN = 0.03  # of the side: every object keeps this distance from the frame
+MARGIN = 0.045  # of the side: between an object and the frame, with room for the tips of an outline
 GAP = 0.07  # between two objects that are not meant to overlap: wider than two outlines or soft edges
-SMALL, LARGE = (0.105, 0.125), (0.17, 0.22)
+SMALL, LARGE = (0.105, 0.125), (0.17, 0.21)
 SIDEWAYS = 0.45  # a relation keeps |offset across| <= 0.45 |offset along|: nobody doubts the direction
 TILT = math.radians(13)  # a larger turn would make a square a diamond
 HELD_OUT_TABLE = np.zeros((8, 8, 3), dtype=bool)
