@@ -1,4 +1,4 @@
-"""The model families by name, readable without importing torch or diffusers. A test compares it with the classes."""
+"""The model families by name, readable without importing torch. A test compares it with the classes."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from diffctrl.zoo import registry
 
 
 def problem(name: str) -> str | None:
-    """What is wrong with an embedded model's weight files, or None: each is compared with its recorded SHA-256."""
+    """What is wrong with an embedded model's weight files, or None; each is compared with its SHA-256."""
     try:
         folder = registry.path(name)
         recorded = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["sha256"]
