@@ -1,5 +1,4 @@
-"""The attention engine: block lists, `attend`, and a chain of kernels of which each proves itself before its
-first use.
+"""The attention engine: block lists, `attend`, and a chain of kernels that each pass a test before their use.
 
 Importing this package imports torch and nothing else: diffusers, triton, flash_attn and xformers load when a
 call wants them.

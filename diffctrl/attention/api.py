@@ -49,8 +49,10 @@ def attend(
         precision: "native", the dtype of the inputs.
         return_lse: also return the log-sum-exp of the scaled scores.
         backend: attention backend of diffusers for dense calls; what `set_attention_backend` stored in a
-        processor. kernel: name of the one kernel to use; an error where it cannot be used, never another one
-        instead. stats: where the call is counted.
+            processor. Block lists do not run on one: the chain takes the call then, counted and logged.
+        parallel_config: a processor's `_parallel_config`, for the stock dispatcher; refused with block lists.
+        kernel: name of the one kernel to use; an error where it cannot be used, never another one instead.
+        stats: where the call is counted.
 
     Returns:
         out (B, Sq, H, D), 0 where a query attends nothing; with return_lse also lse (B, H, Sq), fp32, natural

@@ -11,10 +11,11 @@ import importlib
 import logging
 import threading
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from .kernels.base import Kernel, Operands, Request
+from .kernels.base import Kernel, Operands, Request, density_class
 from .kernels.table import kernel_order
 from .lists import BlockLists, normalised
 from .selftest import SelfTestResult, self_test
@@ -22,8 +23,7 @@ from .stats import EngineStats
 
 logger = logging.getLogger("diffctrl.attention")
 
-# name -> module below kernels/. Imported when first considered: some of them need packages that may be
-# missing.
+# name -> module below kernels/, imported when first considered: some need packages that may be missing.
 KERNEL_MODULES = {
     "flash4": "flash4",
     "cudnn": "cudnn",
@@ -87,7 +87,8 @@ def load(name: str) -> Kernel | str:
 
 def request_for(operands: Operands, *, needs_lse: bool = False, needs_grad: bool = False) -> Request:
     query, key, mask, attn_mask = operands.query, operands.key, operands.mask, operands.attn_mask
-    base = Request(
+    fields = {} if mask is None else mask.cached("cpu", "request", lambda: _mask_fields(mask))
+    return Request(
         device_type=query.device.type,
         arch=arch_of(query.device),
         dtype=query.dtype,
@@ -99,15 +100,12 @@ def request_for(operands: Operands, *, needs_lse: bool = False, needs_grad: bool
         head_dim=query.shape[3],
         needs_lse=needs_lse,
         needs_grad=needs_grad,
+        attn_mask="none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "additive",
+        **fields,
     )
-    if attn_mask is not None:
-        base = replace(base, attn_mask="bool" if attn_mask.dtype == torch.bool else "additive")
-    return base if mask is None else replace(base, **_mask_fields(mask))
 
 
-def _mask_fields(mask: BlockLists) -> dict[str, object]:
-    from .kernels.base import density_class
-
+def _mask_fields(mask: BlockLists) -> dict[str, Any]:
     return {
         "sparse": True,
         "block": mask.block,
@@ -121,6 +119,7 @@ def _mask_fields(mask: BlockLists) -> dict[str, object]:
 
 
 def arch_of(device: torch.device) -> int | None:
+    """major * 10 + minor of the compute capability of a CUDA device."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -235,8 +234,7 @@ def kernel_report(
             reasons.append((kernel.why_not(request), request))
         usable = [request for reason, request in reasons if reason is None]
         if not usable:
-            # The reason that tells most is the one for what the kernel is for: not "dense only" or "lists
-            # only".
+            # The telling reason concerns what the kernel is for: neither "dense only" nor "lists only".
             texts = [reason for reason, _ in reasons if reason]
             text = next((t for t in texts if "block lists" not in t), texts[0])
             rows.append(KernelReport(name, False, text, None))

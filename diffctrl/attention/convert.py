@@ -15,12 +15,11 @@ from .rules import Rule
 class FA4Lists:
     """Plain tensors for `flash_attn.cute`'s block-sparse call (on the CPU; the kernel moves and caches them).
 
-    full_count int32 (Bm, Hm, NQ'), full_index int32 (Bm, Hm, NQ', W'): blocks attended in full. mask_count,
-    mask_index: the partial ones; always present because the call demands them, all zero (W' = 1) without a
-        rule.
-    block: (bq', bk') to be passed as block_size. kernel_density: listed over all blocks after the conversion;
-    it exceeds the mask's own where query blocks were merged (`merged`), and then more pairs are attended than
-    asked for.
+    full_count int32 (Bm, Hm, NQ'), full_index int32 (Bm, Hm, NQ', W'): blocks attended in full.
+    mask_count, mask_index: the partial ones; the call demands them, so without a rule they are zero, W' = 1.
+    block: (bq', bk') to be passed as block_size.
+    merged: query blocks were joined, and more pairs are attended than the mask asks for.
+    kernel_density: listed over all blocks after the conversion.
     """
 
     full_count: torch.Tensor

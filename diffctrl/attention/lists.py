@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from .convert import FA4Lists
 
 _LOCK = threading.RLock()
-# Device tensor of counts -> weak reference to the BlockLists it came from. A compiled region sees tensors
-# only; with this its kernels find the host object again (plans, densities) without reading anything back from
-# the device.
+# Device tensor of counts -> weak reference to the BlockLists it came from. A compiled region sees
+# tensors only; with this its kernels find plans and densities again, with no read from the device.
 _ORIGINS = WeakIdKeyDictionary()
 
 
@@ -200,8 +199,7 @@ class BlockLists:
         return self._cached_value(("or", other.digest), lambda: unite(self, other))
 
     def force(self, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> BlockLists:
-        """The mask plus whole bands: every block that touches a query token in `rows` or a key token in
-        `cols`.
+        """The mask plus every block that touches a query token in `rows` or a key token in `cols`.
 
         rows, cols: token ranges (start, stop). The forced blocks count in `density()` as any other.
         """

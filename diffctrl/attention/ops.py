@@ -79,8 +79,7 @@ def attend_op(
     kernel: str,
     stats_number: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` on plain tensors: the lists' tensors (None for a dense call), "" for no rule and no forced
-    kernel.
+    """`attend` on plain tensors: None for lists that a dense call lacks, "" for no rule and no forced kernel.
 
     Returns out (B, Sq, H, D) contiguous, and lse (B, H, Sq) if needs_lse or needs_grad (the backward wants
     it) else an empty tensor.

@@ -15,9 +15,10 @@ class Rule:
 
     kind and its tensors (all on the CPU at construction):
       "causal": tensors = (offset,), int32 of shape (1,): key k is attended by query q if k <= q + offset.
-      "frame_window": tensors = (q_frame, k_frame, window), int32 of shapes (Sq,), (Sk,), (1,): |frames
-      apart| <= window. "kv_validity": tensors = (valid,), bool of shape (B, Sk) or (1, Sk): key k of row b
-    is attended if valid[b, k]. Numbers are tensors, so that a compiled kernel never bakes one in.
+      "frame_window": tensors = (q_frame, k_frame, window), int32 of shapes (Sq,), (Sk,), (1,): the frames of
+        query and key are at most `window` apart.
+      "kv_validity": tensors = (valid,), bool (B, Sk) or (1, Sk): key k of row b is attended if valid[b, k].
+    Numbers are tensors, so that a compiled kernel never bakes one in.
     """
 
     kind: str

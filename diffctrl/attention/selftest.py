@@ -1,5 +1,4 @@
-"""The test every kernel passes before its first real call in a process: right values, right lists, right
-tails.
+"""The test every kernel passes before its first real call in a process: right values, lists and tails.
 
 It exists because kernels were seen to ignore block lists and run dense without a word. Values alone are
 compared with the fp64 reference; then a key is changed that some rows list and others do not: the first must
@@ -75,8 +74,7 @@ def _tested(kernel: Kernel, request: Request, device: torch.device) -> SelfTestR
     return SelfTestResult(reason, error)
 
 
-# --- the tiny call
-# --------------------------------------------------------------------------------------------
+# --- the tiny call ------------------------------------------------------------------------------------------
 
 
 def small_request(request: Request) -> Request:
@@ -152,8 +150,7 @@ def _reference(request: Request, operands: Operands) -> tuple[torch.Tensor, torc
     return out, lse
 
 
-# --- the verdicts: each returns a reason or None
-# ----------------------------------------------------------------
+# --- the verdicts: each returns a reason or None ------------------------------------------------------------
 
 
 def relative_errors(out: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,18 @@ def test_dense_calls_trace_into_the_graph():
     assert not stats.calls
 
 
+def test_dense_calls_with_lse_compile_too():
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = torch.compile(lambda *qkv: attend(*qkv, return_lse=True), fullgraph=True, backend=counter)
+    for length in (40, 300, 517):
+        inputs = make_inputs(2, 2, 2, (length, length), 16)
+        out, lse = layer(*inputs)
+        expected, expected_lse = attend(*inputs, return_lse=True)
+        assert torch.equal(out, expected)
+        torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+    assert counter.frame_count <= 2
+
+
 @pytest.mark.parametrize("kind", ["n_valid", "causal", "kv_validity"])
 def test_lengths_and_rules_travel_as_tensors(kind):
     counter = CompileCounter()

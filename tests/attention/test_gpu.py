@@ -21,7 +21,7 @@ DENSE = ("flash4", "cudnn", "sdpa")
 
 
 def usable(name: str, inputs, mask: BlockLists | None, *, lse: bool = False, grad: bool = False) -> None:
-    """Skips, in the kernel's own words, where it cannot take the call. A failed self-test is not skipped."""
+    """Skips, in the kernel's words, where it cannot take the call; never for a failed self-test."""
     kernel = load(name)
     if isinstance(kernel, str):
         pytest.skip(f"{name} {kernel}")
@@ -36,8 +36,8 @@ def cuda_inputs(batch, heads, kv_heads, lengths, dim, **kwargs):
     return make_inputs(batch, heads, kv_heads, lengths, dim, device="cuda", **kwargs)
 
 
-# The rows of the table: lengths, head dim, heads, kv heads, block, what is special. Heads as in the self-test, and
-# few rows for flex, which compiles for each kind of mask and head dim.
+# lengths, head dim, heads, kv heads, block, what is special. Heads as in the self-test, and few rows for flex,
+# which compiles for each kind of mask and head dim.
 FLEX_CASES = {"1001", "grouped", "lengths", "causal", "key validity", "dim 72"}
 CASES = {
     "one token": ((1, 1), 64, 3, 3, (128, 128), {}),

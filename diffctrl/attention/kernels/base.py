@@ -91,8 +91,7 @@ class Kernel(Protocol):
     name: str
 
     def why_not(self, request: Request) -> str | None:
-        """None if `run` can take this call, else one readable reason (device, dtype, head dim, missing
-        package, ...).
+        """None if `run` can take this call, else one readable reason (device, dtype, missing package, ...).
 
         Called often: cheap, and it never runs a kernel.
         """

@@ -1,5 +1,4 @@
-"""Block-sparse attention by gathering: any device, any float dtype, forward and backward, work in proportion
-to density.
+"""Block-sparse attention by gathering: any device and float dtype, forward and backward, work as the density.
 
 Per chunk of the plan the listed K and V blocks are copied into reused buffers and one dense attention runs
 over them. The backward keeps only q, k, v, out and lse, and recomputes the probabilities chunk by chunk.
@@ -64,7 +63,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # create_graph: `once_differentiable` would drop the second order in some cases
+        if torch.is_grad_enabled():  # create_graph; `once_differentiable` drops the second order in cases
             raise RuntimeError("Block-sparse attention has first-order gradients only: no create_graph=True.")
         query, key, value, out, lse = ctx.saved_tensors
         return *gathered_backward(query, key, value, ctx.mask, ctx.scale, grad, out, lse), None, None

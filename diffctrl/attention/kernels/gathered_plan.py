@@ -37,11 +37,11 @@ class PlanKey:
 class Chunk:
     """One call: `items` attentions of q_rows queries by kv_rows keys.
 
-    q_index int64 (items * q_blocks,): rows of Q as (B * H * NQ, bq * D). kv_index int64 (items *
-    kv_blocks,): rows of K as (B * Hkv * NK, bk * D). The last block of either kind may be cut: q_rows <=
-    q_blocks * bq. start: first row of K of the single item whose key blocks are consecutive, else None. rows
-    int64 (items, 2) = (batch row, first query block) and partial bool (items, kv_blocks) are given where an
-    element rule applies.
+    q_index: int64 (items * q_blocks,), rows of Q as (B * H * NQ, bq * D). The last one may be cut.
+    kv_index: int64 (items * kv_blocks,), rows of K as (B * Hkv * NK, bk * D). The last one may be cut.
+    start: first row of K of a single item whose key blocks are consecutive, else None.
+    rows, partial: int64 (items, 2), batch row and first query block; bool (items, kv_blocks), which blocks an
+        element rule applies to. None where there is no rule.
     """
 
     items: int

@@ -68,7 +68,8 @@ def stock_attention_with_lse(
     """
     mask = None if attn_mask is None else four_dims(attn_mask, query, key)
     grouped = query.shape[2] != key.shape[2]
-    if query.device.type == "cpu" and not grouped and active_backend(backend) == "native":
+    traced = torch.compiler.is_compiling()  # the choice below is no tensor, so it cannot be traced
+    if query.device.type == "cpu" and not grouped and not traced and active_backend(backend) == "native":
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         if torch._fused_sdp_choice(q, k, v, mask, 0.0, False, scale=scale) == _FLASH:
             return _cpu_fused(q, k, v, mask, scale)

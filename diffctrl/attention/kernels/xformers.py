@@ -63,8 +63,7 @@ def _import_error() -> str | None:
 
 
 def diagonal_segments(mask: BlockLists) -> tuple[list[int], list[int]] | None:
-    """(query tokens, key tokens) of each diagonal segment, in order and covering everything; None if it is
-    no such mask.
+    """(query tokens, key tokens) of each segment of a block-diagonal mask; None if it is none.
 
     >>> blocks = torch.block_diag(torch.ones(2, 1), torch.ones(1, 2)).bool()
     >>> diagonal_segments(BlockLists.from_dense_blocks(blocks[None, None], (4, 4), (10, 12)))
