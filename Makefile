@@ -1,7 +1,7 @@
 # make generate PROMPT="a red star left of a blue ring"    draw a picture on the CPU, and print its path
 # make test                                                run the tests
 #
-# Both make .venv first. TORCH chooses torch's build: make TORCH="torch==2.13.0 --index-url ..." for another one.
+# Both make .venv first. TORCH chooses torch's build, as in make test TORCH="torch==2.13.0 --index-url ...".
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 # The first interpreter of at least 3.11; PYTHON=... chooses another.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
+PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
 .PHONY: help generate test lint format types wheel results doctor clean
@@ -40,7 +40,7 @@ $(DEV_STAMP): $(STAMP)
 	@touch $@
 
 generate: $(STAMP)  ## draw PROMPT="..." with the embedded model; ARGS="--method softpag" for more options
-	@$(BIN)/diffctrl generate "$$PROMPT" $(ARGS)
+	@$(BIN)/diffctrl generate $(ARGS) -- "$$PROMPT"
 generate: export PROMPT := $(PROMPT)
 
 doctor: $(STAMP)  ## which kernels and devices work here, and why not
