@@ -31,12 +31,12 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" >&2
 	@$(BIN)/python -m pip install --quiet $(TORCH) >&2
-	@$(BIN)/python -m pip install --quiet --no-build-isolation -e . >&2
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation -e . >&2
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
 	@echo "installing the tools for tests, lint and types" >&2
-	@$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]" >&2
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]" >&2
 	@touch $@
 
 generate: $(STAMP)  ## draw PROMPT="..." with the embedded model; ARGS="--method softpag" for more options
