@@ -64,7 +64,7 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
 
     def describe(self) -> str:
         config = self.config
-        heads = "default layer" if config.heads is None else ",".join(map(str, config.heads))
+        heads = "default" if config.heads is None else ",".join(map(str, config.heads))
         return f"softpag(heads={heads}, u={config.u:g}, w={config.w:g}, scope={config.scope})"
 
     def check(self, sites: Sequence[Site]) -> None:
@@ -86,7 +86,9 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
         flat = sorted(layer for stack, layer in by_index if stack is None)
         heads = self.config.heads
         if heads is None:
-            heads = (Head(flat[len(flat) * 3 // 8]),)
+            # PAG's own place in a UNet is the middle block; a transformer has none.
+            middle = tuple(Head(layer, stack="mid") for stack, layer in by_index if stack == "mid")
+            heads = middle or (Head(flat[len(flat) * 3 // 8]),)
         strengths: dict[str, Tensor] = {}
         for head in heads:
             site = by_index.get((head.stack, head.layer))

@@ -126,15 +126,15 @@ def current_step(scheduler: Any, timestep: Any) -> tuple[int | None, int | None]
     if index is None:
         index = _matching_step(timesteps, timestep)
     if index is None and hasattr(scheduler, "step_index"):
-        index = 0  # some models get sigmas or scaled timesteps; a begin index is set wherever it is not 0
+        index = 0  # a begin index is set wherever it is not 0
     return None if index is None else int(index), len(timesteps)
 
 
 def _matching_step(timesteps: Any, timestep: Any) -> int | None:
+    """The nearest of the scheduler's timesteps, if one is near: models get them rounded to their dtype."""
     if timestep is None:
         return None
-    value = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
-    matches = [
-        index for index, known in enumerate(torch.as_tensor(timesteps).tolist()) if known == float(value)
-    ]
-    return matches[0] if matches else None
+    value = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+    distances = [abs(float(known) - value) for known in torch.as_tensor(timesteps).tolist()]
+    nearest = min(range(len(distances)), key=distances.__getitem__)
+    return nearest if distances[nearest] <= 0.005 * max(abs(value), 1.0) else None

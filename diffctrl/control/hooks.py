@@ -148,6 +148,7 @@ class ContextHook:
             handle.remove()
         self._handles = []
         self._names.stop()
+        self._publisher.clear()
         self._pending = None
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -224,10 +225,16 @@ class _Publisher:
             check_composition(controls)
             for control in controls:
                 check_control(control, self._family, self._sites)
-            for site in self._sites:
-                site.published.clear()
-            self._checked, self._prepared = controls, {}
+            self.clear()
+            self._checked = controls
         return controls
+
+    def clear(self) -> None:
+        """Forget what was published; a handle that outlives its control holds no tensors."""
+        for site in self._sites:
+            site.published.clear()
+            site.mask = None
+        self._checked, self._prepared, self._masks = [], {}, {}
 
     def publish(self, context: Context, controls: Sequence[Control]) -> None:
         prepared = {c.method: c.prepare(context, self._prepared.get(c.method)) for c in controls}

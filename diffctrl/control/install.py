@@ -223,13 +223,16 @@ def summary(target: Any) -> str:
         if not sites:
             lines.append(f"{name} ({type(model).__name__}): stock attention")
             continue
-        active: dict[str, list[Site]] = {}
-        for site in sites:
-            for control in getattr(site.module.processor, "controls", ()):
-                active.setdefault(control.describe(), []).append(site)
+        carried = {c: None for s in sites for c in getattr(s.module.processor, "controls", ())}
         lines.append(f"{name} ({type(model).__name__}): {len(sites)} attention modules")
-        for description, where in active.items():
-            lines.append(f"  {description}: {len(where)} modules, {where[0].name} .. {where[-1].name}")
-        if not active:
+        for control in carried:
+            where = [
+                site.name
+                for site in control.select(sites)
+                if control in getattr(site.module.processor, "controls", ())
+            ]
+            span = f", {where[0]} .. {where[-1]}" if where else ""
+            lines.append(f"  {control.describe()}: {len(where)} modules{span}")
+        if not carried:
             lines.append("  context attached, no control active")
     return "\n".join(lines)

@@ -161,7 +161,7 @@ class ForwardInfo:
         text_length: text tokens of the call, padding included; None without text. Joint sites have them in
             their sequence, cross sites as keys.
         text_valid: valid text tokens of each row, or None where the call does not tell valid from padding.
-        timestep: as handed to the model.
+        timestep: in the scheduler's units.
         device: of the call's image tensor.
     """
 

@@ -122,6 +122,6 @@ class FluxFamily(Family):
             grid=read_once(ids, lambda tensor: _lattice(tensor[0] if tensor.ndim == 3 else tensor)),
             text_length=call["encoder_hidden_states"].shape[1],
             text_valid=None,
-            timestep=call.get("timestep"),
+            timestep=call["timestep"] * 1000,  # pipelines divide it
             device=latents.device,
         )

@@ -17,7 +17,7 @@ class SoftPAGConfig:
 
     Args:
         heads: the heads, as in 'L3H1,L4' or an iterable; None takes every head of the layer at 3/8 of the
-            depth (layer 9 of 24 in the paper's sweeps over u).
+            depth (layer 9 of 24 in the paper's sweeps over u), in a UNet of the middle block (as PAG does).
         u: perturbation strength in [0, 1]: A' = (1 - u) A + u I. 0 is the stock model, 1 is PAG.
         w: guidance scale >= 0 in e + s (c - e) + w (c - p); 0 turns the guidance off.
         scope: "joint" perturbs text and image queries (the paper's rule), "image_rows" image queries only.
@@ -47,5 +47,6 @@ class SoftPAGConfig:
             raise ValueError(f"scope={self.scope!r} is unknown; accepted: {', '.join(get_args(Scope))}")
         if not 0.0 <= self.start_fraction < self.stop_fraction <= 1.0:
             raise ValueError(
-                f"the window [{self.start_fraction!r}, {self.stop_fraction!r}) is not inside [0, 1) or is empty"
+                f"the window [{self.start_fraction!r}, {self.stop_fraction!r}) is not inside [0, 1) or "
+                "is empty"
             )

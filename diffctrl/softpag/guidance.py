@@ -1,4 +1,4 @@
-"""The guidance made from a conditional prediction and its perturbed twin. Linear, so the same for eps, v and flow."""
+"""Guidance from a conditional prediction and its perturbed twin. Linear: the same for eps, v and flow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared checks of every method on every model family. The rows are in `tests/helpers.py` and `tests/methods.py`."""
+"""Shared checks of every method on every family; the rows are in `tests.helpers` and `tests.methods`."""
 
 from __future__ import annotations
 
