@@ -51,11 +51,12 @@ def _operands(
     scale: float,
 ) -> Operands:
     mask: BlockLists | None = None
-    if lists[0] is not None and lists[1] is not None:
-        counts, indices, *others = lists
+    counts, indices, n_valid, partial_counts, partial_indices = lists
+    if counts is not None and indices is not None:
         on_device = DeviceLists(
-            counts, indices, *others, rule_kind or None, tuple(rule_tensors), (block[0], block[1])
-        )
+            counts, indices, n_valid, partial_counts, partial_indices,
+            rule_kind or None, tuple(rule_tensors), (block[0], block[1]),
+        )  # fmt: skip
         mask = origin_of(on_device, (query.shape[1], key.shape[1]))
     return Operands(query, key, value, scale, mask)
 
@@ -134,10 +135,10 @@ def attend_backward_op(
     if own is not None:
         grads = own(operands, grad, out, lse)
     else:
-        inputs = tuple(t.detach().requires_grad_() for t in (query, key, value))
+        q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
         with torch.enable_grad():
-            again, _ = selection.kernel.run(request, Operands(*inputs, scale, operands.mask))
-        grads = torch.autograd.grad(again, inputs, grad)
+            again, _ = selection.kernel.run(request, Operands(q, k, v, scale, operands.mask))
+        grads = torch.autograd.grad(again, (q, k, v), grad)
     dq, dk, dv = (g.contiguous() for g in grads)
     return dq, dk, dv
 

@@ -190,10 +190,10 @@ def _compare_grads(kernel: Kernel, request: Request, operands: Operands) -> tupl
     out, _ = kernel.run(request, operands)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
     got = torch.autograd.grad(out, inputs, direction)
-    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    q, k, v = (t.detach().cpu().double().requires_grad_() for t in inputs)
     reference = replace(request, dtype=torch.float64)
-    expected_out, _ = REFERENCE.run(reference, Operands(*exact, operands.scale, operands.mask))
-    expected = torch.autograd.grad(expected_out, exact, direction.cpu().double())
+    expected_out, _ = REFERENCE.run(reference, Operands(q, k, v, operands.scale, operands.mask))
+    expected = torch.autograd.grad(expected_out, (q, k, v), direction.cpu().double())
     bound = GRAD_FACTOR * OUT_BOUND[request.dtype]
     errors = [float(relative_errors(g.cpu(), e).max()) for g, e in zip(got, expected, strict=True)]
     for name, error in zip(("query", "key", "value"), errors, strict=True):

@@ -36,7 +36,7 @@ def cuda_inputs(batch, heads, kv_heads, lengths, dim, **kwargs):
     return make_inputs(batch, heads, kv_heads, lengths, dim, device="cuda", **kwargs)
 
 
-# lengths, head dim, heads, kv heads, block, what is special. Heads as in the self-test, and few rows for flex,
+# lengths, head dim, heads, kv heads, block, what is special. Heads as in the self-test; few rows for flex,
 # which compiles for each kind of mask and head dim.
 FLEX_CASES = {"1001", "grouped", "lengths", "causal", "key validity", "dim 72"}
 CASES = {

@@ -62,11 +62,11 @@ class _Gathered(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph; `once_differentiable` drops the second order in cases
             raise RuntimeError("Block-sparse attention has first-order gradients only: no create_graph=True.")
         query, key, value, out, lse = ctx.saved_tensors
-        return *gathered_backward(query, key, value, ctx.mask, ctx.scale, grad, out, lse), None, None
+        return *gathered_backward(query, key, value, ctx.mask, ctx.scale, grads[0], out, lse), None, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ def active_backend(backend: str | None) -> str:
         return str(getattr(backend, "value", backend))
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-    return _AttentionBackendRegistry.get_active_backend()[0].value
+    active: Any = _AttentionBackendRegistry.get_active_backend()[0]  # an enum member, whatever its annotation
+    return active.value
 
 
 def stock_attention(
