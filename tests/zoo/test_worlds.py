@@ -8,6 +8,15 @@ from diffctrl.zoo.worlds import vocabulary
 from diffctrl.zoo.worlds.sampling import HELD_OUT_TABLE
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small tensors on a shared machine: more threads wait for each other and take many times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def _uniforms(count: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, worlds.CAPTION_UNIFORMS, generator=torch.Generator().manual_seed(seed))
 

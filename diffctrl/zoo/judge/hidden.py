@@ -34,14 +34,14 @@ def _spectra() -> tuple[torch.Tensor, list[tuple[str, float, float]]]:
     y, x = torch.meshgrid(line, line, indexing="ij")
     drawn, names = [], []
     for radius in RADII:
-        for degrees in (-12, -4, 4, 12):
+        for degrees in (-10, 0, 10):
             angle = math.radians(degrees)
             cosine, sine = math.cos(angle), math.sin(angle)
             distances = sdf.shape_distances(
                 (x * cosine + y * sine) / radius, (y * cosine - x * sine) / radius
             )
             for name, distance in zip(SHAPES, distances, strict=True):
-                if name in OUTER_SHAPES and (name != "circle" or degrees == 4):
+                if name in OUTER_SHAPES and (name != "circle" or degrees == 0):
                     drawn.append((0.5 - distance * radius / 2).clamp(0, 1))
                     names.append((name, radius, angle))
     stack = torch.fft.ifftshift(torch.stack(drawn), dim=(1, 2))
@@ -111,7 +111,7 @@ def _iou(
     cx, cy, radius, angle = (column[:, None, None] for column in trial.unbind(1))
     px, py = (x - cx) / radius, (y - cy) / radius
     cosine, sine = torch.cos(angle), torch.sin(angle)
-    distance = sdf.shape_distances(px * cosine + py * sine, py * cosine - px * sine)[SHAPES.index(shape)]
+    distance = sdf.shape_distance(shape, px * cosine + py * sine, py * cosine - px * sine)
     cover = (0.5 - distance * radius).clamp(0, 1) * free
     both = (cover * seen).sum((1, 2))
     return both / (seen.sum() + cover.sum((1, 2)) - both).clamp(min=1e-3)

@@ -4,9 +4,6 @@ from diffctrl.zoo.worlds import vocabulary as words_of
 from diffctrl.zoo.worlds.facts import ObjectFacts, SceneFacts
 
 _ARTICLES = ("a", "an", "the")
-_LAST_WORDS = frozenset(
-    (*words_of.SHAPES, *words_of.HATS[1:], *words_of.ACTIONS, "creature", "one", "hat", "eyes", "background")
-)
 
 
 class _Words:
@@ -20,7 +17,7 @@ class _Words:
                     f"unknown word {word!r} in caption {text!r}; the world's words are in worlds.WORDS"
                 )
         # Fillers at the end name nothing.
-        while self.words and self.words[-1] not in _LAST_WORDS:
+        while self.words and self.words[-1] in words_of.FILLERS:
             self.words.pop()
         self.text, self.at = text, 0
 

@@ -10,7 +10,7 @@ import torch
 from diffctrl.zoo.worlds import rendering, sdf
 from diffctrl.zoo.worlds.facts import ObjectFacts
 from diffctrl.zoo.worlds.sampling import LARGE, SMALL
-from diffctrl.zoo.worlds.vocabulary import BACKGROUNDS, COLOURS, DARK_BACKGROUNDS, PATTERNS, SHAPES
+from diffctrl.zoo.worlds.vocabulary import BACKGROUNDS, COLOURS, DARK_BACKGROUNDS, PATTERNS
 
 from .ground import Ground
 from .hidden import fit_hidden
@@ -198,7 +198,7 @@ _OUTER = {"circle": 0.90, "ring": 0.94}
 def _distance(match: Match, shape: str, radius: float) -> Array:
     """Signed distance in pixels (128, 128) to a shape of this radius at the match's place and turn."""
     x, y = replace(match, radius=radius).frame(128, 128)
-    return sdf.shape_distances(torch.from_numpy(x), torch.from_numpy(y))[SHAPES.index(shape)].numpy() * radius
+    return sdf.shape_distance(shape, torch.from_numpy(x), torch.from_numpy(y)).numpy() * radius
 
 
 @lru_cache(maxsize=64)
@@ -206,7 +206,7 @@ def _unit_area(shape: str, outside: float) -> float:
     """Area, in squared radii, of a filled shape whose edge is moved out by `outside` radii."""
     line = torch.linspace(-1.6, 1.6, 161)
     y, x = torch.meshgrid(line, line, indexing="ij")
-    distance = sdf.shape_distances(x, y)[SHAPES.index(shape)] - outside
+    distance = sdf.shape_distance(shape, x, y) - outside
     return float((0.5 - distance / 0.02).clamp(0, 1).mean()) * 3.22**2
 
 

@@ -37,7 +37,7 @@ class Bank:
             zero line the silhouette ends, in radii.
     """
 
-    rows: Array
+    rows: torch.Tensor
     norms: Array
     names: list[tuple[str, ...]]
     angle: Array
@@ -133,7 +133,7 @@ def _bank(entries: list[_Entry]) -> Bank:
     drawn = [_template(parts, offset) for parts, offset in zip(channels, offsets, strict=True)]
     rows = np.stack([row for row, *_ in drawn])
     return Bank(
-        rows=rows,
+        rows=torch.from_numpy(rows),
         norms=np.square(rows).sum(1),
         names=list(names),
         angle=np.array(angles),
@@ -195,7 +195,7 @@ def overlaps(bank: Bank, mask: Array, *more: Array) -> tuple[Array, tuple[float,
     """Soft IoU (T,) of masks, one per channel of the bank, with each template; their normal position."""
     row, place = normalise(mask, *more)
     # The sum of minima would need T passes; for nearly binary rows one matrix product is the same.
-    both = bank.rows @ row
+    both = torch.mv(bank.rows, torch.from_numpy(row)).numpy()
     return both / (bank.norms + float(row @ row) - both), place
 
 

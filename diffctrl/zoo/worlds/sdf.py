@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .vocabulary import SHAPES
+
 Point = tuple[float, float]
 
 
@@ -31,6 +33,18 @@ def _box(x: Tensor, y: Tensor, half_width: float, half_height: float) -> Tensor:
     return torch.maximum(x.abs() - half_width, y.abs() - half_height)
 
 
+def _circle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.hypot(x, y) - 0.90
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return _box(x, y, 0.76, 0.76)
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(y - 0.5, 0.8660254 * x.abs() - 0.5 * y - 0.5)
+
+
 def _star(x: Tensor, y: Tensor) -> Tensor:
     sector = 2 * math.pi / 5
     angle = torch.atan2(x, -y)
@@ -40,24 +54,36 @@ def _star(x: Tensor, y: Tensor) -> Tensor:
     return _half_plane(radius * torch.cos(folded), radius * torch.sin(folded), (1.0, 0.0), inner)
 
 
-def shape_distances(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """One distance per entry of `SHAPES`.
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (torch.hypot(x, y) - 0.69).abs() - 0.25
 
-    The diamond is a tall rhombus, so that no rotation turns it into the square; the hexagon is flat-topped
-    and 10 % flatter than a regular one, so that a small one is not a circle.
-    """
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    return torch.minimum(_box(x, y, 0.95, 0.36), _box(x, y, 0.36, 0.95))
+
+
+def _diamond(x: Tensor, y: Tensor) -> Tensor:
+    """A tall rhombus, so that no turn makes it the square."""
+    return (x.abs() / 0.62 + y.abs() - 1) / math.hypot(1 / 0.62, 1)
+
+
+def _hexagon(x: Tensor, y: Tensor) -> Tensor:
+    """Flat-topped, and 10 % flatter than a regular one, so that a small one is not a circle."""
     ax, ay = x.abs(), y.abs()
-    rho = torch.hypot(x, y)
-    return (
-        rho - 0.90,
-        torch.maximum(ax, ay) - 0.76,
-        torch.maximum(y - 0.5, 0.8660254 * ax - 0.5 * y - 0.5),
-        _star(x, y),
-        (rho - 0.69).abs() - 0.25,
-        torch.minimum(_box(x, y, 0.95, 0.36), _box(x, y, 0.36, 0.95)),
-        (ax / 0.62 + ay - 1) / math.hypot(1 / 0.62, 1),
-        torch.maximum(ay - 0.78, (0.78 * ax + 0.5 * ay - 0.78) / math.hypot(0.78, 0.5)),
-    )
+    return torch.maximum(ay - 0.78, (0.78 * ax + 0.5 * ay - 0.78) / math.hypot(0.78, 0.5))
+
+
+_SHAPE_DISTANCES = (_circle, _square, _triangle, _star, _ring, _cross, _diamond, _hexagon)
+
+
+def shape_distances(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """One distance per entry of `SHAPES`."""
+    return tuple(distance(x, y) for distance in _SHAPE_DISTANCES)
+
+
+def shape_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
+    """The distance to one shape of `SHAPES`."""
+    return _SHAPE_DISTANCES[SHAPES.index(shape)](x, y)
 
 
 def select(distances: tuple[Tensor, ...], which: Tensor) -> Tensor:
