@@ -66,6 +66,7 @@ HOPPER_CANDIDATES = (
     Variant(descriptor=True, specialize=True, tile=128),
     Variant(descriptor=True, specialize=True, tile=128, stages=1),
     Variant(descriptor=True, specialize=True, late=True),
+    Variant(descriptor=True, specialize=True, late=True, tile=128, stages=1),
 )
 
 
