@@ -154,10 +154,11 @@ def test_dense_kernels(kernel, lengths, dim):
 def test_dense_gradients_of_the_default_choice():
     inputs = cuda_inputs(1, 3, 3, (1001, 1001), 64, requires_grad=True)
     exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
-    got = torch.autograd.grad(attend(*inputs).sum(), inputs)
-    expected = torch.autograd.grad(attend(*exact, kernel="reference").sum(), exact)
+    direction = torch.randn(1, 1001, 3, 64, device="cuda").to(BF16)
+    got = torch.autograd.grad(attend(*inputs), inputs, direction)
+    expected = torch.autograd.grad(attend(*exact, kernel="reference"), exact, direction.double().cpu())
     for one, two in zip(got, expected, strict=True):
-        assert float((one.double().cpu() - two).norm() / two.norm().clamp(min=1.0)) < 2e-2
+        assert float((one.double().cpu() - two).norm() / two.norm()) < 2e-2
 
 
 def test_the_default_choice_is_within_rounding_of_the_stock_call_and_a_backend_is_obeyed():
@@ -181,11 +182,9 @@ def test_fp32_runs_gathered_blocks():
     stats = EngineStats()
     mask = random_lists((128, 128), (700, 700), heads=3)
     inputs = cuda_inputs(1, 3, 3, (700, 700), 64, dtype=torch.float32)
-    out, lse = attend(*inputs, mask=mask, return_lse=True, kernel="gathered", stats=stats)
+    out, lse = attend(*inputs, mask=mask, return_lse=True, stats=stats)
     assert_matches(out, lse, reference(*inputs, mask))
-    chosen = EngineStats()
-    assert_matches(attend(*inputs, mask=mask, stats=chosen), None, reference(*inputs, mask), factor=300)
-    assert sum(chosen.calls.values()) == 1
+    assert stats.calls == {"gathered": 1}
 
 
 def test_offsets_past_two_to_the_31():

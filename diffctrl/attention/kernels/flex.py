@@ -26,8 +26,8 @@ class FlexKernel:
             return f"runs on CUDA GPUs and CPUs, not on {request.device_type}"
         if request.arch is not None and request.arch < 80:
             return f"needs compute capability 8.0 or newer, not sm{request.arch}"
-        if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"takes float16, bfloat16 and float32, not {request.dtype}"
+        if request.dtype not in (torch.float16, torch.bfloat16):
+            return f"takes float16 and bfloat16 on a GPU, not {request.dtype}"  # float32 would run in TF32
         if request.head_dim < 16:
             return f"needs a head dim of at least 16, not {request.head_dim}"
         if (
