@@ -14,7 +14,7 @@ What this file knows about version 4.0.0b36, and checks before it trusts:
 
 from __future__ import annotations
 
-import functools
+import logging
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,8 @@ from .flash4_library import (
     make_transposed,
     prepared_lists,
 )
+
+logger = logging.getLogger("diffctrl.attention")
 
 PINNED = "4.0.0b36"
 _LOCK = threading.RLock()
@@ -119,7 +121,12 @@ def _forward(
     )  # fmt: skip
     entry = entries.get(entry_key) if direct else None
     if entry is not None:
-        return entry(query, key, value, scale, needs_lse, None if lists is None else lists.lengths)
+        try:
+            return entry(query, key, value, scale, needs_lse, None if lists is None else lists.lengths)
+        except (TypeError, ValueError) as error:  # what the binding raises where arguments do not fit
+            _REFUSED.append(str(error))
+            logger.warning("flash-attn-4 refuses direct calls, each call now pays its Python: %s", error)
+            direct = False
     kwargs: dict[str, Any] = {"softmax_scale": scale, "return_lse": needs_lse}
     if lists is not None:
         kwargs["block_sparse_tensors"] = lists.tensors
@@ -149,9 +156,11 @@ def _as_the_kernel_wants(tensor: torch.Tensor) -> bool:
     )
 
 
-@functools.cache
+_REFUSED: list[str] = []
+
+
 def _direct_calls() -> bool:
-    return installed_version() == PINNED
+    return not _REFUSED and installed_version() == PINNED
 
 
 class _Recorder:
