@@ -53,7 +53,8 @@ def assembled(variant: Variant, arch: int, dim: int, block: tuple[int, int], *, 
     constants = {
         "GROUP": 1, "D": dim, "DP": dp, "BM": bm, "QSUB": qsub, "BN": bn, "SPLIT": split,
         "BATCH_LISTS": False, "HEAD_LISTS": True, "HAS_LSE": True, "HAS_VALID": False, "TAIL": tail,
-        "HAS_ORDER": False, "UNIT": 8, "SAME_KV": True, "LATE": variant.late, "SPECIALIZE": variant.specialize,
+        "HAS_ORDER": False, "UNIT": 8, "SAME_KV": True, "LATE": variant.late,
+        "SPECIALIZE": variant.specialize,
     }  # fmt: skip
     names = function.arg_names
     plain = {"scale_log2": "fp32"} | dict.fromkeys(("q", "k", "v", "out"), "*bf16")
