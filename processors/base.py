@@ -75,12 +75,11 @@ class ControlAttnProcessor(Control, AttnProcessor):
         for control in controls:
             output = control.transform_output(site, call, output)
         for query, key, value in call.added:
-            output = output + attend(
-                query, key, value, backend=self._attention_backend, stats=site.context.stats
-            )
+            branch: Any = attend(query, key, value, backend=self._attention_backend, stats=site.context.stats)
+            output = output + branch
         return site.route.finish(attn, call, output)
 
-    def _attend(self, attn: nn.Module, site: Site, call: Call) -> Tensor:
+    def _attend(self, attn: nn.Module, site: Site, call: Call) -> Any:
         stats = site.context.stats
         if site.mask is None and site.route.dense is not None:
             if not torch.compiler.is_compiling():  # the engine does not count inside compiled code either

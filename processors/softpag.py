@@ -12,7 +12,7 @@ from torch import Tensor
 from diffctrl.control import Context, Contributions, Published
 from diffctrl.families import Call, Site
 from diffctrl.processors.base import ControlAttnProcessor, published
-from diffctrl.softpag import Head, SoftPAGConfig, blend_identity, perturbation_delta
+from diffctrl.softpag import Head, SoftPAGConfig, blend_identity, parse_heads, perturbation_delta
 
 
 class _Guidance:
@@ -84,9 +84,9 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
                 if site.stack in family.stacks:
                     by_index[None, family.flat_layer(list(sites), site)] = site
         flat = sorted(layer for stack, layer in by_index if stack is None)
-        heads = self.config.heads
-        if heads is None:
-            # PAG's own place in a UNet is the middle block; a transformer has none.
+        if self.config.heads is not None:
+            heads = parse_heads(self.config.heads)
+        else:  # PAG's own place in a UNet is the middle block; a transformer has none
             middle = tuple(Head(layer, stack="mid") for stack, layer in by_index if stack == "mid")
             heads = middle or (Head(flat[len(flat) * 3 // 8]),)
         strengths: dict[str, Tensor] = {}

@@ -52,7 +52,7 @@ class _PassName:
                 self.current = previous
 
         self._model = model
-        model.cache_context = cache_context
+        setattr(model, "cache_context", cache_context)  # noqa: B010 - torch types attributes as modules
 
     def stop(self) -> None:
         if self._model is not None:
@@ -67,7 +67,8 @@ class _Passes:
         self, family: Family, pipe: Any, scheduler: Any, batch_layout: BatchLayout | None, names: _PassName
     ) -> None:
         self._family, self._pipe, self._scheduler = family, pipe, scheduler
-        self._batch_layout, self._names = batch_layout, names
+        self._batch_layout: BatchLayout | None = batch_layout
+        self._names = names
         self._run: Any = None
         self._run_scale = 0.0
         self._unnamed: tuple[int | None, Any] | None = None
@@ -137,9 +138,11 @@ class ContextHook:
         self._handles: list[Any] = []
 
     def register(self, model: nn.Module) -> None:
+        before: Any = torch.compiler.disable(self._before)
+        after: Any = torch.compiler.disable(self._after)
         self._handles = [
-            model.register_forward_pre_hook(torch.compiler.disable(self._before), with_kwargs=True),
-            model.register_forward_hook(torch.compiler.disable(self._after)),
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after),
         ]
         self._names.listen(model)
 

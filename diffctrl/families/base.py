@@ -90,11 +90,11 @@ class Inputs:
     """
 
     hidden_states: Tensor
-    encoder_hidden_states: Tensor | None = None
-    attention_mask: Tensor | None = None
-    temb: Tensor | None = None
+    encoder_hidden_states: Any = None
+    attention_mask: Any = None
+    temb: Any = None
     image_rotary_emb: Any = None
-    text_length: int | None = None
+    text_length: Any = None
 
     def given(self, rotary: str) -> dict[str, Any]:
         """The arguments that are not None, as keywords for a stock processor that calls its rotary so."""

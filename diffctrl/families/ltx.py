@@ -79,7 +79,7 @@ class LTXFamily(Family):
     def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
         latents, mask = call["hidden_states"], call["encoder_attention_mask"]
         # Latents come packed to (B, S, C), and some pipelines give coordinates instead of sizes.
-        sizes = tuple(call.get(name) for name in ("num_frames", "height", "width"))
+        sizes: Any = tuple(call.get(name) for name in ("num_frames", "height", "width"))
         known = call.get("video_coords") is None and None not in sizes
         return ForwardInfo(
             batch=latents.shape[0],

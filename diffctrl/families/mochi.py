@@ -69,7 +69,7 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
     )
 
 
-def _dense(attn: nn.Module, call: Call, backend: Any) -> Tensor:
+def _dense(attn: nn.Module, call: Call, backend: Any) -> Any:
     """One kernel call per batch row over its own tokens, as the stock processor, which knows no backend."""
     if torch.compiler.is_compiling():  # the loop has shapes that depend on data; the mask says the same
         return attend(call.query, call.key, call.value, attn_mask=call.attention_mask, backend=backend)

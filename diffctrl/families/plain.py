@@ -14,8 +14,8 @@ def kernel_mask(attn: nn.Module, mask: Tensor | None, length: int, batch: int) -
     """The mask as the stock processors prepare it: additive, (B, H, 1 or Sq, Sk)."""
     if mask is None:
         return None
-    mask = attn.prepare_attention_mask(mask, length, batch)
-    return mask.view(batch, attn.heads, -1, mask.shape[-1])
+    prepared = attn.prepare_attention_mask(mask, length, batch)
+    return prepared.view(batch, attn.heads, -1, prepared.shape[-1])
 
 
 def _prepared(attn: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
