@@ -88,7 +88,8 @@ def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
         parts, facts = read_pack(options.pack)
         pipeline = image_pipeline(parts, shift=float(facts["shift"]))
-        pixels = parts.vae.config.sample_size
+        config: Any = parts.vae.config
+        pixels = config.sample_size
         call = {"height": pixels, "width": pixels, **RECOMMENDED}
     else:
         from diffctrl.zoo import registry

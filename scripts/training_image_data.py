@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,12 +186,12 @@ class CaptionedBatches:
 
         Device work only; the caller refills after `batches` calls.
         """
-        chosen = tuple(
+        index, clip_ids, t5_ids = (
             source.index_select(0, self.position).squeeze(0)
             for source in (self.index, self.clip_ids, self.t5_ids)
         )
         self.position.add_(1).remainder_(self.batches)
-        return chosen
+        return index, clip_ids, t5_ids
 
 
 def worker_count() -> int:
@@ -198,7 +199,7 @@ def worker_count() -> int:
     return max(1, (os.cpu_count() or 1) - 2)
 
 
-def _jobs(world: str, count: int, seed: int, split: str) -> list[tuple[int, dict[str, object]]]:
+def _jobs(world: str, count: int, seed: int, split: str) -> list[tuple[int, dict[str, Any]]]:
     return [
         (
             min(_SCENES_A_CHUNK, count - first),
@@ -208,7 +209,7 @@ def _jobs(world: str, count: int, seed: int, split: str) -> list[tuple[int, dict
     ]
 
 
-def _sample_arrays(job: tuple[int, dict[str, object]]) -> tuple[str, dict[str, np.ndarray]]:
+def _sample_arrays(job: tuple[int, dict[str, Any]]) -> tuple[str, dict[str, np.ndarray]]:
     """One chunk as numpy arrays: tensors would travel between processes as open files, thousands of them."""
     torch.set_num_threads(1)
     number, options = job

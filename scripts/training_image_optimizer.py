@@ -6,6 +6,7 @@ so a captured step keeps following it.
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,8 @@ class Muon:
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
-        groups: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
+        # Any: torch annotates its fused operations for lists of plain tensors only.
+        groups: dict[tuple[int, ...], list[Any]] = defaultdict(list)
         for name, parameter in named.items():
             if parameter.dim() != 2:
                 raise ValueError(f"Muon takes matrices; {name} has shape {tuple(parameter.shape)}")

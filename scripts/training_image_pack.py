@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,7 +25,7 @@ def component_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{key}": value.detach() for key, value in tensors.items()}
 
 
-def write_pack(parts: ImageParts, path: Path, facts: dict[str, object]) -> None:
+def write_pack(parts: ImageParts, path: Path, facts: dict[str, Any]) -> None:
     """Write every component as float16, with `facts` as JSON metadata.
 
     Args:
@@ -43,7 +44,7 @@ def write_pack(parts: ImageParts, path: Path, facts: dict[str, object]) -> None:
     save_file(tensors, path, metadata={"facts": json.dumps(facts)})
 
 
-def read_pack(path: Path) -> tuple[ImageParts, dict[str, object]]:
+def read_pack(path: Path) -> tuple[ImageParts, dict[str, Any]]:
     """Components in float32 evaluation mode, and the facts, out of a pack."""
     with safe_open(path, framework="pt") as file:
         facts = json.loads((file.metadata() or {})["facts"])
@@ -66,7 +67,7 @@ def read_pack(path: Path) -> tuple[ImageParts, dict[str, object]]:
     return parts, facts
 
 
-def assemble(pack: Path, folder: Path, *, metrics: dict[str, object] | None = None) -> None:
+def assemble(pack: Path, folder: Path, *, metrics: dict[str, Any] | None = None) -> None:
     """Build the diffusers pipeline folder from a pack: weights, tokenizers, scheduler, card.
 
     Args:
@@ -92,7 +93,7 @@ def assemble(pack: Path, folder: Path, *, metrics: dict[str, object] | None = No
     (folder / "README.md").write_text(_card(facts, metrics or {}, call))
 
 
-def _card(facts: dict[str, object], metrics: dict[str, object], call: dict[str, object]) -> str:
+def _card(facts: dict[str, Any], metrics: dict[str, Any], call: dict[str, Any]) -> str:
     figures = metrics.get("figures", [])
     rows = "\n".join(
         "| {name} | {value:.1f} [{low:.1f}, {high:.1f}] {unit} | {bar} |".format(**row)
@@ -123,7 +124,7 @@ Made by `scripts/train_zoo_image.py`, measured by `scripts/evaluate_zoo.py`.
 """
 
 
-def _write_json(path: Path, value: object) -> None:
+def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,11 +44,11 @@ def sample_images(
         (B, 3, H, W) uint8 on the CPU.
     """
     device = clip_ids.device
-    config = parts.transformer.config
+    config: Any = parts.transformer.config
     generator = torch.Generator().manual_seed(seed)
     shape = (len(clip_ids), config.in_channels, config.sample_size, config.sample_size)
     latents = torch.randn(shape, generator=generator).to(device)
-    scheduler = image_scheduler(shift)
+    scheduler: Any = image_scheduler(shift)
     scheduler.set_timesteps(steps)
     levels = scheduler.sigmas.tolist()
     no_words = clip_ids.new_full((len(clip_ids), 1), -1)
@@ -60,7 +61,7 @@ def sample_images(
             both = parts.transformer(latents.repeat(2, 1, 1, 1), context, pooled, time, return_dict=False)[0]
             empty, named = both.float().chunk(2)
             latents = latents + (following - level) * (empty + guidance * (named - empty))
-    vae = parts.vae
+    vae: Any = parts.vae
     images = [
         vae.decode(part / vae.config.scaling_factor + vae.config.shift_factor).sample
         for part in latents.split(32)

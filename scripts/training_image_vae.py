@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffctrl.zoo import worlds
 from diffctrl.zoo.models import ImageSize, image_vae
 
 from .training_image_data import image_pool, rendered_chunks, sample_scenes, worker_count
@@ -51,7 +53,7 @@ class VaeOptions:
     smoke: bool = False
 
 
-def train_vae(options: VaeOptions, *, since: float) -> dict[str, object]:
+def train_vae(options: VaeOptions, *, since: float) -> dict[str, Any]:
     """Train, measure and save the autoencoder; returns what `vae.json` holds."""
     device = training_device(smoke=options.smoke)
     size = SMOKE_SIZE if options.smoke else ImageSize()
@@ -64,7 +66,8 @@ def train_vae(options: VaeOptions, *, since: float) -> dict[str, object]:
     pool = image_pool(scenes, device=device, size=pixels)
     say(f"{len(scenes)} pictures of {pixels} px rendered", since=since)
     torch.manual_seed(options.seed)
-    vae = image_vae(size).to(device).train()
+    vae: Any = image_vae(size)  # diffusers' wrapped `to` hides its arguments
+    vae = vae.to(device).train()
     if device.type == "cuda":
         vae = vae.to(memory_format=torch.channels_last)
     training = _VaeTraining(vae, pool, options, device)
@@ -161,26 +164,26 @@ def _objective(vae: nn.Module, *, channels_last: bool) -> Callable[[Tensor, Tens
 def _finish(
     vae: nn.Module,
     training: _VaeTraining,
-    scenes: object,
+    scenes: worlds.Scenes,
     options: VaeOptions,
     *,
     steps: int,
     pixels: int,
     since: float,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     weights = {name: value.detach().half().cpu().contiguous() for name, value in vae.state_dict().items()}
     if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
         raise SystemExit("the trained autoencoder has weights that float16 cannot hold")
     save_file(weights, options.out / "vae.safetensors")
     size = SMOKE_SIZE if options.smoke else ImageSize()
-    rounded = image_vae(size)
+    rounded: Any = image_vae(size)
     rounded.load_state_dict({name: value.float() for name, value in weights.items()})
     rounded.to(training.device).eval()
     count = 64 if options.smoke else 4096
     picked = torch.arange(count) * (len(scenes) // count)  # every stretch of the pool, so both worlds
     shift, scale = latent_statistics(rounded, scenes.select(picked), training.device, pixels)
     psnr = round_trip_psnr(rounded, training.device, pixels, count=32 if options.smoke else 1000)
-    facts: dict[str, object] = {
+    facts: dict[str, Any] = {
         "scaling_factor": scale,
         "shift_factor": shift,
         "psnr_mean_db": psnr.mean().item(),
@@ -202,7 +205,7 @@ def _finish(
     return facts
 
 
-def load_vae(weights: Path) -> nn.Module:
+def load_vae(weights: Path) -> Any:
     """An autoencoder saved by this stage, float32 in evaluation mode, with its measured scaling and shift."""
     facts = json.loads(weights.with_suffix(".json").read_text())
     vae = image_vae(SMOKE_SIZE if facts["smoke"] else ImageSize())
@@ -213,7 +216,7 @@ def load_vae(weights: Path) -> nn.Module:
 
 @torch.no_grad()
 def latent_statistics(
-    vae: nn.Module, scenes: object, device: torch.device, pixels: int
+    vae: nn.Module, scenes: worlds.Scenes, device: torch.device, pixels: int
 ) -> tuple[float, float]:
     """Mean of the posterior means, and one over their standard deviation: the shift and scaling factors."""
     total, square, count = 0.0, 0.0, 0

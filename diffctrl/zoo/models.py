@@ -7,7 +7,7 @@ joins them.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -123,9 +123,10 @@ def image_vae(size: ImageSize | None = None) -> "AutoencoderKL":
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=size.vae_channels,
+        # diffusers annotates tuples of one.
+        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+        block_out_channels=size.vae_channels,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=size.latent_channels,
         norm_num_groups=8,
@@ -157,7 +158,7 @@ def image_transformer(size: ImageSize | None = None) -> "SD3Transformer2DModel":
         pos_embed_max_size=size.positions,
         qk_norm="rms_norm",
     )
-    transformer.pos_embed.pos_embed.copy_(position_table(size.positions, size.width))
+    transformer.pos_embed.get_buffer("pos_embed").copy_(position_table(size.positions, size.width))
     closed = [transformer.norm_out.linear, transformer.proj_out]
     for block in transformer.transformer_blocks:
         closed += [block.norm1.linear, block.norm1_context.linear]
@@ -233,8 +234,9 @@ def image_pipeline(
     from diffusers import StableDiffusion3Pipeline
 
     words = words or world_words()
+    trained: dict[str, Any] = dict(parts.items())
     return StableDiffusion3Pipeline(
-        **dict(parts.items()),
+        **trained,
         tokenizer=clip_tokenizer(words),
         tokenizer_2=clip_tokenizer(words),
         tokenizer_3=t5_tokenizer(words),

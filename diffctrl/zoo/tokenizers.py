@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,7 +44,8 @@ def clip_tokenizer(words: Sequence[str]) -> "CLIPTokenizer":
     pieces += ["".join(pair) for pair in merges]
     # Two merges can spell the same piece by different routes; it is one entry of the vocabulary.
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    pairs: Any = merges  # transformers annotates text, and takes pairs
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=MAX_TOKENS)
 
 
 def t5_tokenizer(words: Sequence[str]) -> "PreTrainedTokenizerFast":

@@ -171,7 +171,9 @@ def sparse_calls(device: str, variants: bool) -> dict[str, Callable[[Operands], 
 
 def whole_engine(operands: Operands) -> torch.Tensor:
     """What a processor calls: the checks, the choice and the kernel it falls on."""
-    return attend(operands.query, operands.key, operands.value, mask=operands.mask, scale=operands.scale)
+    out = attend(operands.query, operands.key, operands.value, mask=operands.mask, scale=operands.scale)
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 # --- correctness

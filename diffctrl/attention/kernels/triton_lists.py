@@ -231,7 +231,7 @@ def _enqueue(
         return
     from . import triton_lists_jit as device_code
 
-    kernel = device_code.lists_descriptor if variant.descriptor else device_code.lists_pointer
+    kernel: Any = device_code.lists_descriptor if variant.descriptor else device_code.lists_pointer
     compiled = kernel[grid](*args, num_warps=variant.warps, num_stages=variant.stages)
     if cache_key is not None and compiled is not None:
         _COMPILED[cache_key] = compiled

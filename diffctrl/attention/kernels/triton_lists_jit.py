@@ -11,6 +11,9 @@ Two orders of the same arithmetic (constexpr LATE):
          compiler waits for the product at once. Needs 8 warps at D = 128.
 """
 
+# A constexpr condition decides at compile time which names a loop carries; pyright sees a plain branch.
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

@@ -50,6 +50,11 @@ def _assignments(named: int, seen: int) -> list[tuple[int | None, ...]]:
     return list(dict.fromkeys(permutations(places, named)))
 
 
+def _related(reading: Reading, places: tuple[int | None, ...], relation: str) -> bool:
+    first, second = places
+    return first is not None and second is not None and reading.relation(first, second) == relation
+
+
 def check(image: Tensor, spec: SceneFacts) -> Verdict:
     """Check a picture against named facts.
 
@@ -74,9 +79,7 @@ def compare(reading: Reading, spec: SceneFacts) -> Verdict:
     for places in _assignments(len(spec.objects), min(len(reading.objects), 6)):
         seen = [None if place is None else reading.objects[place] for place in places]
         each = tuple(_object_facts(wanted, one) for wanted, one in zip(spec.objects, seen, strict=True))
-        related = spec.relation is None or (
-            None not in places[:2] and reading.relation(places[0], places[1]) == spec.relation
-        )
+        related = spec.relation is None or _related(reading, places[:2], spec.relation)
         score = sum(sum(one.values()) for one in each) + related
         if best is None or score > best[0]:
             best = (score, each, related)

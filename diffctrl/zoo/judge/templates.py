@@ -9,6 +9,7 @@ gives centre and radius.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,7 +151,8 @@ def shape_bank() -> Bank:
     entries = []
     for degrees in np.linspace(-15, 15, 9):
         angle = math.radians(degrees)
-        distances = dict(zip(SHAPES, sdf.shape_distances(*_canvas(angle, 1.0)), strict=True))
+        turned = sdf.shape_distances(*_canvas(angle, 1.0))
+        distances: dict[str, Any] = dict(zip(SHAPES, turned, strict=True))
         for name in OUTER_SHAPES:
             if name == "circle":  # any turn and, after scaling, any edge gives the same disc
                 if not degrees:

@@ -47,7 +47,7 @@ def _plan(scenes: Scenes, uniforms: Tensor) -> _Plan:
         raise ValueError(f"uniforms must be {(len(scenes), CAPTION_UNIFORMS)}, got {tuple(uniforms.shape)}")
     head = dict(zip(_GLOBALS, uniforms.unbind(1), strict=False))
     start = len(_GLOBALS) + MAX_FILLERS
-    field = dict(
+    field: dict[str, Tensor] = dict(
         zip(_FIELDS, uniforms[:, start:].reshape(-1, MAX_OBJECTS, len(_FIELDS)).unbind(2), strict=True)
     )
     character = scenes.character

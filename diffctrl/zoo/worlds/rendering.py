@@ -208,6 +208,8 @@ def render(scenes: Scenes, size: int | tuple[int, int] = 128) -> tuple[Tensor, T
         image = mask[:, None] * colour if image is None else image + mask[:, None] * colour
         remaining = 1 - cover if remaining is None else remaining * (1 - cover)
         masks.append(mask)
+    assert image is not None
+    assert remaining is not None
     mix = texture_mix(scenes.texture, scenes.freedom, grid_x, grid_y, 1 / side)
     tones = scenes.tones[:, :, :, None, None]
     background = _over(tones[:, 0].expand(-1, -1, height, width), tones[:, 1], mix)
