@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,12 +42,6 @@ class ControlAttnProcessor(Control, AttnProcessor):
 
     def __init__(self) -> None:
         self.controls: tuple[Control, ...] = (self,)
-
-    def composed(self, controls: Sequence[Control]) -> ControlAttnProcessor:
-        """One processor that runs several controls in order."""
-        processor = copy.copy(self)
-        processor.controls = tuple(controls)
-        return processor
 
     def __call__(
         self,

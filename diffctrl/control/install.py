@@ -64,12 +64,14 @@ class _Attachment:
             setattr(site.module, _SITE, site)
         self._hook.register(self.model)
 
-    def install(self, processor: Any, controls: Sequence[Control]) -> None:
-        selected = {site.name for control in controls for site in control.select(self.sites)}
+    def install(self, controls: Sequence[Control]) -> None:
+        selected = [{site.name for site in control.select(self.sites)} for control in controls]
         for site in self.sites:
-            if site.name not in selected:
+            acting = [c for c, names in zip(controls, selected, strict=True) if site.name in names]
+            if not acting:
                 continue
-            bound = copy.copy(processor)  # one object per layer, so that a backend can be set per layer
+            bound: Any = copy.copy(acting[0])  # one object per layer, so that a backend can be set per layer
+            bound.controls = tuple(acting)
             for attribute in ("_attention_backend", "_parallel_config"):
                 setattr(bound, attribute, getattr(site.stock, attribute, None))
             self._installed.append((site, site.module.processor))
@@ -186,7 +188,7 @@ def apply(
     """
     controls = list(processors) if isinstance(processors, (list, tuple)) else [processors]
     for control in controls:
-        if not isinstance(control, Control):
+        if not isinstance(control, Control) or not callable(control):
             raise TypeError(
                 f"diffctrl.apply got a {type(control).__name__}; it takes processors of diffctrl.processors "
                 "(e.g. SoftPAGAttnProcessor()), one or a list"
@@ -194,7 +196,6 @@ def apply(
     if not controls:
         raise ValueError("diffctrl.apply got an empty list of processors; pass at least one")
     check_composition(controls)
-    processor = controls[0] if len(controls) == 1 else controls[0].composed(controls)
     attachments = _open(target, scheduler, batch_layout)
     for attachment in attachments:
         for control in controls:
@@ -202,7 +203,7 @@ def apply(
     try:
         for attachment in attachments:
             attachment.open()
-            attachment.install(processor, controls)
+            attachment.install(controls)
     except BaseException:
         for attachment in attachments:
             attachment.close()

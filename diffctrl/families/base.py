@@ -325,6 +325,15 @@ def read_once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
     return known[1]
 
 
+def lattice(positions: Tensor) -> tuple[int, int, int] | None:
+    """(frames, rows, columns) of (S, 3) positions, None where they are no full grid in row-major order."""
+    axes = [axis.unique() for axis in positions.unbind(dim=-1)]
+    sizes = tuple(len(axis) for axis in axes)
+    if len(sizes) != 3 or sizes[0] * sizes[1] * sizes[2] != len(positions):
+        return None
+    return sizes if torch.equal(torch.cartesian_prod(*axes), positions) else None
+
+
 def row_lengths(mask: Tensor) -> tuple[int, ...]:
     """Valid tokens of each row of a (B, T) 0/1 or boolean mask."""
     return read_once(mask, lambda tensor: tuple(tensor.to(torch.int64).sum(dim=1).tolist()))

@@ -21,6 +21,7 @@ from diffctrl.families.base import (
     Place,
     Route,
     Span,
+    lattice,
     output_layer,
     read_once,
     rotated,
@@ -76,15 +77,6 @@ def _finish(attn: nn.Module, call: Call, output: Tensor) -> Any:
     return output_layer(attn, image.contiguous()), attn.to_add_out(text.contiguous())
 
 
-def _lattice(ids: Tensor) -> tuple[int, int, int] | None:
-    """(frames, rows, columns) of (S, 3) position ids of one image, None where they are no full lattice."""
-    axes = [axis.unique() for axis in ids.unbind(dim=-1)]
-    sizes = tuple(len(axis) for axis in axes)
-    if len(sizes) != 3 or sizes[0] * sizes[1] * sizes[2] != len(ids):
-        return None
-    return sizes if torch.equal(torch.cartesian_prod(*axes), ids) else None
-
-
 class FluxFamily(Family):
     """FLUX.1."""
 
@@ -119,7 +111,7 @@ class FluxFamily(Family):
         return ForwardInfo(
             batch=latents.shape[0],
             # Latents come packed to (B, S, C): only the position ids say what S is made of.
-            grid=read_once(ids, lambda tensor: _lattice(tensor[0] if tensor.ndim == 3 else tensor)),
+            grid=read_once(ids, lambda tensor: lattice(tensor[0] if tensor.ndim == 3 else tensor)),
             text_length=call["encoder_hidden_states"].shape[1],
             text_valid=None,
             timestep=call["timestep"] * 1000,  # pipelines divide it

@@ -20,7 +20,9 @@ from diffctrl.families.base import (
     Place,
     Route,
     Span,
+    lattice,
     output_layer,
+    read_once,
     rotated,
     row_lengths,
     split_name,
@@ -79,11 +81,13 @@ class LTXFamily(Family):
     def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
         latents, mask = call["hidden_states"], call["encoder_attention_mask"]
         # Latents come packed to (B, S, C), and some pipelines give coordinates instead of sizes.
+        coordinates = call.get("video_coords")
         sizes: Any = tuple(call.get(name) for name in ("num_frames", "height", "width"))
-        known = call.get("video_coords") is None and None not in sizes
+        if coordinates is not None:
+            sizes = read_once(coordinates, lambda tensor: lattice(tensor[0].T))
         return ForwardInfo(
             batch=latents.shape[0],
-            grid=sizes if known else None,
+            grid=None if sizes is None or None in sizes else sizes,
             text_length=call["encoder_hidden_states"].shape[1],
             text_valid=row_lengths(mask) if mask is not None and mask.ndim == 2 else None,
             timestep=call["timestep"],

@@ -369,6 +369,31 @@ def test_a_grid_that_the_call_does_not_say_is_not_guessed() -> None:
             context.grid()
 
 
+def test_ltx_coordinates_say_the_grid_where_they_are_one() -> None:
+    axes = torch.arange(3) * 8 / 25, torch.arange(5) * 32.0, torch.arange(3) * 32.0
+    coordinates = torch.cartesian_prod(*axes).T.expand(2, -1, -1)
+    _, context = record(shared("ltx"), {**example("ltx"), "num_frames": None, "video_coords": coordinates})
+    assert context.grid() == (3, 5, 3)
+
+
+@EVERY_FAMILY
+def test_gradients_are_those_of_the_stock_model(name: str) -> None:
+    """Length LoRAs are trained under a control."""
+    model, inputs = build(name), example(name)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.enable_grad():
+            model(**inputs, return_dict=False)[0].square().mean().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    stock = gradients()
+    with diffctrl.apply(model, NeutralAttnProcessor()):
+        controlled = gradients()
+    for one, other in zip(controlled, stock, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_mochi_text_may_be_valid_anywhere() -> None:
     model, inputs = shared("mochi"), example("mochi")
     inputs["encoder_attention_mask"] = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1]])
