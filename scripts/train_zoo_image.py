@@ -110,11 +110,7 @@ def _start_again(error: Exception, options: dict[str, Any], began: float) -> Non
 
     A failed capture leaves the device unusable for this one.
     """
-    plainer = (
-        ["--attention", "flash"] if options.get("attention", "auto") == "auto" and "state" in options else []
-    )
-    if not plainer:
-        plainer = ["--no-graph"]
+    plainer = ["--no-graph"]
     if "state" in options:
         left = options.get("slice_seconds", 540.0) - (time.monotonic() - began)
         plainer += ["--slice-seconds", str(max(60.0, left))]

@@ -15,7 +15,6 @@ from diffctrl.zoo import worlds
 from diffctrl.zoo.models import NOISE_SHIFT, ImageParts, ImageSize, image_parts
 from diffctrl.zoo.tokenizers import WordTokens
 
-from .training_image_attention import choose_attention
 from .training_image_data import CaptionedBatches, LatentPool, latent_pool, sample_scenes, worker_count
 from .training_image_forward import TrainingForward
 from .training_image_loop import Clock, StepRunner, say, training_device
@@ -49,7 +48,6 @@ class FlowOptions:
         chunk: steps between two looks at the clock.
         check_minutes: training time between two checks by the judge.
         check_captions: captions in a check.
-        attention: "auto", "flash", "cudnn" or "efficient".
         seed: of weights, scenes and noise.
         commit: recorded in the pack.
         compile: use torch.compile for the repeated layers.
@@ -73,7 +71,6 @@ class FlowOptions:
     chunk: int = 64
     check_minutes: float = 1.5
     check_captions: int = 64
-    attention: str = "auto"
     seed: int = 0
     commit: str = "unknown"
     compile: bool = True
@@ -90,12 +87,6 @@ def train_flow(options: FlowOptions, *, since: float) -> bool:
     counts = {"one": 3 * eighth, "two": 3 * eighth, "characters": options.check_captions - 6 * eighth}
     probe = Probe(counts, tokens=tokens.to("cpu"), workers=0 if options.smoke else 2)
     try:
-        if device.type == "cuda":
-            heads = ImageSize()
-            say(
-                choose_attention(options.attention, options.batch, heads.heads, 320, heads.head_dim),
-                since=since,
-            )
         pool = _pool(options, device, since)
         training = FlowTraining(options, pool, tokens, device)
         return training.run(probe, since)
