@@ -81,7 +81,8 @@ class _Passes:
         return "uncond_cond" if self._pipe is not None and self._guided() else "cond"
 
     def _guided(self) -> bool:
-        if hasattr(self._pipe, "image_guidance_scale"):
+        perturbs = getattr(self._pipe, "do_perturbed_attention_guidance", False)
+        if perturbs or hasattr(self._pipe, "image_guidance_scale"):
             raise RuntimeError(
                 f"{type(self._pipe).__name__} guides with three passes in one batch, which diffctrl cannot "
                 "tell apart; use a pipeline with [uncond | cond] batches"
@@ -222,7 +223,15 @@ class _Publisher:
 
     def controls(self) -> list[Control]:
         """The controls of the processors that the sites carry now, checked once where they are new."""
-        carried = [c for site in self._sites for c in getattr(site.module.processor, "controls", ())]
+        carried = []
+        for site in self._sites:
+            if site.installed is not None and site.module.processor is not site.installed:
+                raise RuntimeError(
+                    f"{site.name} runs {type(site.module.processor).__name__} instead of the processor that "
+                    "diffctrl put there, so that the control would do nothing; take the control off first "
+                    "(`remove()`), change the model, and apply again"
+                )
+            carried.extend(getattr(site.module.processor, "controls", ()))
         controls = list({id(control): control for control in carried}.values())
         if controls != self._checked:  # `model.set_attn_processor` puts them on without `apply`
             check_composition(controls)

@@ -75,11 +75,11 @@ class _Attachment:
             for attribute in ("_attention_backend", "_parallel_config"):
                 setattr(bound, attribute, getattr(site.stock, attribute, None))
             self._installed.append((site, site.module.processor))
-            site.module.processor = bound
+            site.module.processor = site.installed = bound
 
     def close(self) -> None:
         for site, previous in self._installed:
-            site.module.processor = previous
+            site.module.processor, site.installed = previous, None
         self._installed.clear()
         for site in self.sites:
             if hasattr(site.module, _SITE):

@@ -45,9 +45,9 @@ def twin_delta(prediction: Tensor, rows: Rows, guidance: Guidance) -> Tensor:
 
 def add_delta(prediction: Tensor, delta: Tensor, seen: int) -> Tensor:
     """Keep the rows that the pipeline sees and add `delta` to each half (twice for [uncond | cond])."""
-    kept = prediction[:seen].float()
     repeats = seen // delta.shape[0]
-    return (kept + delta.repeat(repeats, *[1] * (delta.ndim - 1))).to(prediction.dtype)
+    # The delta is float32 or wider, and the sum with it.
+    return (prediction[:seen] + delta.repeat(repeats, *[1] * (delta.ndim - 1))).to(prediction.dtype)
 
 
 def prediction_of(output: Any) -> Tensor:

@@ -121,6 +121,7 @@ class Site:
         layer: index in the stack.
         heads: query heads.
         level: how often the token grid was halved before this layer (UNets); 0 elsewhere.
+        installed: the processor that `apply` put here, or None.
         published: what the controls prepared for this site and the running forward, by method.
         mask: the block lists that this site attends in the running forward, on the device; None for all.
     """
@@ -136,6 +137,7 @@ class Site:
     stock: Any
     level: int = 0
     context: Any = None
+    installed: Any = None
     published: dict[str, Any] = field(default_factory=dict)
     mask: Any = None
 

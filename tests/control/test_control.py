@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 import diffctrl
@@ -264,10 +265,19 @@ def test_pipelines_that_cannot_be_read_are_refused() -> None:
         do_classifier_free_guidance = True
         image_guidance_scale = 1.5
 
+    class Perturbing:
+        unet = shared("unet")
+        scheduler = DDIMScheduler()
+        do_classifier_free_guidance = do_perturbed_attention_guidance = True
+
     class Silent:
         unet = shared("unet")
 
-    for pipe, message in ((Three(), "three passes in one batch"), (Silent(), "batch_layout='uncond_cond'")):
+    for pipe, message in (
+        (Three(), "three passes in one batch"),
+        (Perturbing(), "three passes in one batch"),
+        (Silent(), "batch_layout='uncond_cond'"),
+    ):
         with diffctrl.apply(pipe, Spy()), pytest.raises(RuntimeError, match=message):
             run(pipe.unet, example("unet"))
     with diffctrl.apply(Silent(), spy := Spy(), batch_layout="cond"):
@@ -502,6 +512,21 @@ def test_what_wraps_the_forward_meanwhile_stays() -> None:
         assert not torch.equal(run(model, inputs), stock)
     assert torch.equal(run(model, inputs), stock)
     assert hook.calls == 2
+
+
+def test_a_processor_that_something_else_puts_on_meanwhile_is_noticed() -> None:
+    model, inputs = build("unet"), example("unet")
+    stock, before = run(model, inputs), list(model.attn_processors.values())
+    with diffctrl.apply(model, SoftPAGAttnProcessor("mid:L0")):
+        model.fuse_qkv_projections()
+        with pytest.raises(RuntimeError, match=r"mid_block.* runs FusedAttnProcessor2_0 instead.*remove\(\)"):
+            run(model, inputs)
+        model.unfuse_qkv_projections()
+        assert not torch.equal(run(model, inputs), stock)
+    with diffctrl.apply(model, NeutralAttnProcessor()):
+        model.set_attn_processor(AttnProcessor2_0())
+    after = model.attn_processors.values()
+    assert all(one is other for one, other in zip(before, after, strict=True))
 
 
 def test_named_passes_of_other_hooks_are_still_heard() -> None:
