@@ -10,7 +10,8 @@ from .regions import grow
 
 Array = np.ndarray
 BORDER = 3
-FLAT, LINEAR, RANKED = 0.05, 0.86, 0.80
+BLOCK = 4
+FLAT, LINEAR, RANKED = 0.10, 0.86, 0.80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,19 +51,21 @@ def read_ground(rgb: Array) -> Ground:
 
 def read_texture(ground: Ground, foreground: Array) -> str:
     """Which of TEXTURES the background has, from its pixels away from the foreground (H, W) bool."""
-    free = ~grow(foreground, 3)
-    free[:2], free[-2:], free[:, :2], free[:, -2:] = False, False, False, False
-    values = ground.mix
-    if free.sum() < 500:
+    clear = ~grow(foreground, 3)
+    clear[:2], clear[-2:], clear[:, :2], clear[:, -2:] = False, False, False, False
+    # Means of blocks: less noise, and both a line and a chequerboard stay a product of a row and a column.
+    values = _blocks(ground.mix)
+    free = _blocks(clear.astype(np.float32)) > 0.99
+    if free.sum() < 500 / BLOCK**2:
         return TEXTURES[0]
     seen = values[free]
     spread = seen.std()
-    if spread < FLAT * 2:
+    if spread < FLAT:
         return TEXTURES[0]
     centred = np.where(free, values - seen.mean(), 0.0)
     total = (centred[free] ** 2).sum()
     y, x = np.nonzero(free)
-    design = np.stack([x, y, np.ones_like(x)], 1) / 128.0
+    design = np.stack([x, y, np.ones_like(x)], 1) / values.shape[0]
     solution, *_ = np.linalg.lstsq(design, centred[free], rcond=None)
     if 1 - ((centred[free] - design @ solution) ** 2).sum() / total > LINEAR:
         return "gradient"
@@ -74,11 +77,17 @@ def read_texture(ground: Ground, foreground: Array) -> str:
     return "checkered" if _rank_one(centred, free) / total > 0.7 else "noisy"
 
 
+def _blocks(values: Array) -> Array:
+    height, width = values.shape
+    return values.reshape(height // BLOCK, BLOCK, width // BLOCK, BLOCK).mean((1, 3))
+
+
 def _rank_one(values: Array, free: Array) -> float:
     """Sum of squares that one product column x row explains: a chequerboard is one, smooth noise is not."""
     centre = values - values[free].mean()
     column = np.where(free, centre, 0)[:, np.argmax(free.sum(0))] + 1e-6
     mask = free.astype(float)
+    row = np.zeros(values.shape[1])
     for _ in range(8):
         row = (centre * mask).T @ column / np.maximum(mask.T @ column**2, 1e-9)
         column = (centre * mask) @ row / np.maximum(mask @ row**2, 1e-9)

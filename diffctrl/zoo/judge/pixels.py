@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffctrl.zoo.worlds.vocabulary import COLOUR_RGB
+from diffctrl.zoo.worlds.vocabulary import BACKGROUNDS, COLOUR_RGB, DARK_BACKGROUNDS
 
 from .ground import Ground
 from .regions import despeckled, filled, grow, regions
@@ -35,7 +35,8 @@ class Pixels:
     Attributes:
         foreground: differs from the background; never along the frame.
         colour: index of the palette colour by hue, -1 where there is none (too gray, or background).
-        white, black: gray pixels at the two ends. ink: what a black outline may have become. value: of HSV.
+        white, black: gray pixels at the two ends. value: of HSV.
+        ink: what an outline looks like on this background.
     """
 
     rgb: Array
@@ -53,20 +54,28 @@ def classify(rgb: Array, ground: Ground) -> Pixels:
     value = np.maximum(np.maximum(red, green), blue)
     low = np.minimum(np.minimum(red, green), blue)
     foreground = ground.distance > FOREGROUND
-    foreground[:FRAME] = foreground[-FRAME:] = False
-    foreground[:, :FRAME] = foreground[:, -FRAME:] = False
     colourful = (value - low > CHROMA) & (ground.distance > FOREGROUND)
     colour = np.full(value.shape, -1)
     apart = np.abs((_hue(rgb[colourful])[:, None] - _PALETTE_HUE + 3) % 6 - 3)
     colour[colourful] = apart.argmin(-1)
+    # One pixel between two colours can be a blend that looks like the background: it must not cut an object.
+    for before, after, middle in (
+        (colour[:-2], colour[2:], foreground[1:-1]),
+        (colour[:, :-2], colour[:, 2:], foreground[:, 1:-1]),
+    ):
+        middle |= (before >= 0) & (after >= 0) & (before != after)
+    foreground[:FRAME] = foreground[-FRAME:] = False
+    foreground[:, :FRAME] = foreground[:, -FRAME:] = False
     saturation = (value - low) / np.maximum(value, 1e-3)
+    white = (saturation < 0.27) & (value > 0.45)
+    dark = DARK_BACKGROUNDS[BACKGROUNDS.index(ground.name)]
     return Pixels(
         rgb=rgb,
         foreground=foreground,
         colour=colour,
-        white=(saturation < 0.27) & (value > 0.45),
+        white=white,
         black=value < 0.28,
-        ink=(value < 0.36) & (value - low < 0.13),
+        ink=white if dark else (value < 0.36) & (value - low < 0.13),
         value=value,
     )
 
@@ -89,15 +98,13 @@ def colours_in(pixels: Pixels, ground: Ground, region: Array, *, most: int = 2) 
             area = region & (pixels.colour == colour)
             core = area & ~grow(~area)
             if core.sum() >= 8:
-                cores[int(colour)] = (float(np.median(ground.distance[core])), core, int(area.sum()))
-    found: list[int] = []
-    anchors = list(ground.tones)
-    # The purest first: a ramp between it and the background can be wider than the object itself.
-    for colour, (_, core, _) in sorted(cores.items(), key=lambda item: -item[1][0]):
-        if not (found and _blended(pixels.rgb[core], anchors)):
-            found.append(colour)
-            anchors.append(np.median(pixels.rgb[core], axis=0))
-    return sorted(found, key=lambda colour: -cores[colour][2])[:most]
+                cores[int(colour)] = (core, int(area.sum()))
+    means = {colour: np.median(pixels.rgb[core], axis=0) for colour, (core, _) in cores.items()}
+    for colour, (core, _) in sorted(cores.items(), key=lambda item: item[1][1]):
+        others = [*ground.tones, *(mean for name, mean in means.items() if name != colour)]
+        if len(means) > 1 and _blended(pixels.rgb[core], others):
+            del means[colour]
+    return sorted(means, key=lambda colour: -cores[colour][1])[:most]
 
 
 def _blended(rgb: Array, anchors: list[Array]) -> bool:

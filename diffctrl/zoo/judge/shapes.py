@@ -10,7 +10,7 @@ import torch
 from diffctrl.zoo.worlds import rendering, sdf
 from diffctrl.zoo.worlds.facts import ObjectFacts
 from diffctrl.zoo.worlds.sampling import LARGE, SMALL
-from diffctrl.zoo.worlds.vocabulary import BACKGROUNDS, COLOURS, DARK_BACKGROUNDS, PATTERNS
+from diffctrl.zoo.worlds.vocabulary import COLOURS, PATTERNS
 
 from .ground import Ground
 from .hidden import fit_hidden
@@ -68,9 +68,9 @@ def outlines(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) 
     if len(colours) < 2:
         return Outlines(colours=colours, masks=[region], matches=[_outer(region)], seen=[region])
     seen = [region & (pixels.colour == colour) for colour in colours]
-    if _faded(ground, region):
+    inked = _inked(pixels, region)
+    if not inked and _faded(ground, region, seen[0]):
         seen = [_thick(part) for part in seen]
-    inked = _inked(pixels, ground, region)
     if not inked:
         labels = spread(seen[0].astype(np.int32) + 2 * seen[1], region & pixels.foreground)
         seen = [labels == 1, labels == 2]
@@ -87,21 +87,23 @@ def outlines(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) 
     )
 
 
-def _inked(pixels: Pixels, ground: Ground, region: Array) -> bool:
-    """Whether a region ends in an outline: white on dark backgrounds, else black."""
-    band = shrink(region) & ~shrink(region, 3)
-    return float(_ink(pixels, ground)[band].mean()) > 0.5
+def _inked(pixels: Pixels, region: Array) -> bool:
+    """Whether a region ends in an outline."""
+    ink, layer, shares = pixels.ink, region, []
+    for _ in range(3):  # which of the outermost layers is all outline depends on where the edge fell
+        inner = shrink(layer)
+        shares.append(float(ink[layer & ~inner].mean()))
+        layer = inner
+    return max(shares) > 0.6
 
 
-def _faded(ground: Ground, region: Array) -> bool:
+def _faded(ground: Ground, region: Array, own: Array) -> bool:
     """Whether a region ends in a wide ramp, in which blends can have the hue of another palette colour."""
     inner = shrink(region)
-    band, deep = inner & ~shrink(inner), shrink(inner, 3)
-    return deep.any() and float(np.median(ground.distance[band]) / np.median(ground.distance[deep])) < 0.55
-
-
-def _ink(pixels: Pixels, ground: Ground) -> Array:
-    return pixels.white if DARK_BACKGROUNDS[BACKGROUNDS.index(ground.name)] else pixels.ink
+    band, deep = own & inner & ~shrink(inner), own & shrink(inner, 3)
+    if not band.any() or not deep.any():
+        return False
+    return float(np.median(ground.distance[band]) / np.median(ground.distance[deep])) < 0.55
 
 
 def split(pixels: Pixels, region: Array, found: Outlines) -> list[Part]:
@@ -156,7 +158,7 @@ def decide(pixels: Pixels, ground: Ground, part: Part, front: int | None) -> Ins
         shape = "ring"
     # The outer edge, whatever the shape: a ring's inner edge lies elsewhere for every style.
     edge = _distance(match, match.names[0], match.radius) - match.offset * match.radius
-    outlined = _outlined(pixels, ground, part, edge) > 0.5
+    outlined = _outlined(pixels, part, edge) > 0.5
     ramp = 1.0 if outlined else _ramp(pixels, ground, own, part.clear, edge)
     soft = ramp > SOFT_RAMP_FROM
     if outlined:
@@ -169,7 +171,7 @@ def decide(pixels: Pixels, ground: Ground, part: Part, front: int | None) -> Ins
     total = max(int(inside.sum()), 1)
     striped = float(pixels.white[inside].sum()) / total / 0.10
     dotted = float(pixels.black[inside].sum()) / total / 0.05
-    light = _light(pixels, own & (distance < -1.5), match, radius)
+    light = _light(pixels, own & (distance < -1.5) & ~grow(pixels.black), match, radius)
     pattern = 0 if max(striped, dotted) < 1 else 1 if striped > dotted else 2
     style = "outlined" if outlined else "soft" if soft else "shaded" if light < -0.2 else "flat"
     measured = outlined or (part.clear & (np.abs(edge) < 1)).sum() >= 12
@@ -228,11 +230,11 @@ def _hole(ground: Ground, own: Array, part: Part, strength: float) -> bool:
     return core.sum() >= 6 and (own & (ground.distance > 0.4 * strength))[core].mean() < 0.3
 
 
-def _outlined(pixels: Pixels, ground: Ground, part: Part, edge: Array) -> float:
+def _outlined(pixels: Pixels, part: Part, edge: Array) -> float:
     """Share of ink where an outline would be."""
     outer = 1.7 if part.inner else -0.6  # a paired match ends where the colour ends, within the outline
     contour = (part.clear if part.behind else part.free) & (edge > outer - 1.8) & (edge < outer)
-    return float(_ink(pixels, ground)[contour].mean()) if contour.any() else 0.0
+    return float(pixels.ink[contour].mean()) if contour.any() else 0.0
 
 
 def _ramp(pixels: Pixels, ground: Ground, own: Array, clear: Array, edge: Array) -> float:
