@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffctrl.cli.output import complaints, printable, quiet_libraries
+from diffctrl.cli.output import complaints, prepare_libraries, printable
 from diffctrl.cli.tables import new_table
 
 # Distribution name -> what it is for.
@@ -22,7 +22,7 @@ _OPTIONAL = {
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Report what works here and why not. Always exits with 0 when it can report."""
-    quiet_libraries()
+    prepare_libraries()
     with complaints():
         report = _report()
         if as_json:

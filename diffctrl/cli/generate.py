@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffctrl.cli.output import complaints, no_loading_bars, printable, quiet_libraries, say_error
+from diffctrl.cli.output import complaints, no_loading_bars, prepare_libraries, printable, say_error
 from diffctrl.errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
     """Draw pictures, under attention control where a method is given. Prints the path of each."""
-    quiet_libraries()
+    prepare_libraries()
     with complaints():
         from diffctrl.drawing import plan as planning
 

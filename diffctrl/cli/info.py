@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffctrl.cli.output import complaints, quiet_libraries
+from diffctrl.cli.output import complaints, prepare_libraries
 from diffctrl.cli.tables import as_text, new_table
 
 
@@ -16,7 +16,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the recipe of a picture; without a file, the embedded models, methods and model families."""
-    quiet_libraries()
+    prepare_libraries()
     with complaints():
         if file is None:
             _print_inventory(as_json)

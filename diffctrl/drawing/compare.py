@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
+    from PIL.ImageFont import ImageFont as BitmapFont
 
 _LEAST_SIDE = 384
 _GAP = 12
@@ -33,7 +34,7 @@ def side_by_side(panels: list[Panel]) -> Image:
     factor = max(1, -(-_LEAST_SIDE // min(width, height)))
     width, height = width * factor, height * factor
     title_font, font = ImageFont.load_default(_TEXT_SIZE + 2), ImageFont.load_default(_TEXT_SIZE)
-    texts = [_wrapped(panel, width) for panel in panels]
+    texts = [_wrapped(panel, width, font) for panel in panels]
     band = _GAP + _LINE * max(map(len, texts)) + _GAP // 2
     sheet = Image.new("RGB", (len(panels) * (width + _GAP) + _GAP, _GAP + height + band), _PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -47,9 +48,15 @@ def side_by_side(panels: list[Panel]) -> Image:
     return sheet
 
 
-def _wrapped(panel: Panel, width: int) -> list[str]:
-    columns = max(20, width // (_TEXT_SIZE // 2))
-    lines = textwrap.wrap(panel.title, columns)[:1]
+def _wrapped(panel: Panel, width: int, font: FreeTypeFont | BitmapFont) -> list[str]:
+    """The title on one line, then the lines folded to the width in pixels."""
+    wrapped = [panel.title]
     for line in panel.lines:
-        lines += textwrap.wrap(line, columns, subsequent_indent="  ")
-    return lines
+        wrapped.append("")
+        for word in line.split():
+            longer = f"{wrapped[-1]} {word}".strip()
+            if wrapped[-1] and font.getlength(longer) > width:
+                wrapped.append(word)
+            else:
+                wrapped[-1] = longer
+    return wrapped
