@@ -38,7 +38,9 @@ KERNEL_MODULES = {
 _LOCK = threading.RLock()
 _KERNELS: dict[str, Kernel | str] = {}
 _TESTED: dict[tuple[object, ...], SelfTestResult] = {}
-_SELECTED: dict[tuple[Request, str, str | None], Selection] = {}
+_SELECTED: dict[tuple[Request, str, str | None, bool], Selection] = {}
+# What a call looks like -> its request and choice: building and hashing a Request costs more than the rest.
+_CALLS: dict[tuple[object, ...], tuple[Request, Selection]] = {}
 _LOGGED: set[str] = set()
 
 
@@ -67,6 +69,7 @@ def register(name: str, kernel: Kernel | None) -> None:
         if kernel is not None:
             _KERNELS[name] = kernel
         _SELECTED.clear()
+        _CALLS.clear()
         for key in [key for key in _TESTED if key[0] == name]:
             del _TESTED[key]
 
@@ -136,7 +139,8 @@ def select_kernel(
         RuntimeError: the forced kernel failed its self-test, or no kernel can take the call.
     """
     device = normalised(torch.device(device))
-    key = (request, str(device), kernel)
+    deterministic = request.needs_grad and torch.are_deterministic_algorithms_enabled()
+    key = (request, str(device), kernel, deterministic)
     with _LOCK:
         found = _SELECTED.get(key)
         if found is None:
@@ -145,6 +149,27 @@ def select_kernel(
                 _SELECTED.clear()
             _SELECTED[key] = found
         return found
+
+
+def choose(
+    operands: Operands, *, needs_lse: bool, needs_grad: bool, kernel: str | None
+) -> tuple[Request, Selection]:
+    """`request_for` and `select_kernel`, remembered for calls that look alike."""
+    query, mask, attn_mask = operands.query, operands.mask, operands.attn_mask
+    fields = None if mask is None else mask.cached("cpu", "fields", lambda: tuple(_mask_fields(mask).items()))
+    key = (
+        query.device, query.dtype, query.shape, operands.key.shape, needs_lse, needs_grad,
+        None if attn_mask is None else attn_mask.dtype, fields, kernel,
+        needs_grad and torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    found = _CALLS.get(key)
+    if found is None:
+        request = request_for(operands, needs_lse=needs_lse, needs_grad=needs_grad)
+        found = request, select_kernel(request, query.device, kernel=kernel)
+        if len(_CALLS) >= 4096:
+            _CALLS.clear()
+        _CALLS[key] = found
+    return found
 
 
 def _forced(name: str, request: Request, device: torch.device) -> Selection:

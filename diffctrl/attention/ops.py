@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .chain import Selection, note, request_for, select_kernel
-from .kernels.base import Operands, Request
+from .chain import choose, note
+from .kernels.base import Operands
 from .lists import BlockLists, DeviceLists, origin_of
 from .stats import EngineStats, stats_by_number
 
@@ -24,20 +24,13 @@ def run_chain(
     stats: EngineStats | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Selects and runs; out (B, Sq, H, D), lse (B, H, Sq) or None."""
-    request, selection = _selected(operands, needs_lse, needs_grad, kernel)
+    request, selection = choose(operands, needs_lse=needs_lse, needs_grad=needs_grad, kernel=kernel)
     note(selection, stats)
     if stats is not None:
         mask = operands.mask
         densities = (None, None) if mask is None else (mask.density(), mask.kernel_density())
         stats.record(selection.kernel.name, *densities)
     return selection.kernel.run(request, operands)
-
-
-def _selected(
-    operands: Operands, needs_lse: bool, needs_grad: bool, kernel: str | None
-) -> tuple[Request, Selection]:
-    request = request_for(operands, needs_lse=needs_lse, needs_grad=needs_grad)
-    return request, select_kernel(request, operands.query.device, kernel=kernel)
 
 
 def _operands(
@@ -130,7 +123,7 @@ def attend_backward_op(
     """Gradients of query, key, value: by the kernel's `backward` if it has one, else through its autograd."""
     lists = [counts, indices, n_valid, partial_counts, partial_indices]
     operands = _operands(query, key, value, lists, rule_kind, rule_tensors, block, scale)
-    request, selection = _selected(operands, False, True, kernel or None)
+    request, selection = choose(operands, needs_lse=False, needs_grad=True, kernel=kernel or None)
     own = getattr(selection.kernel, "backward", None)
     if own is not None:
         grads = own(operands, grad, out, lse)

@@ -21,6 +21,8 @@ from .rules import Rule
 # half of these; the faults looked for are above 1e-2.
 OUT_BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 GRAD_FACTOR = 4.0
+# With three heads and three query blocks, two blocks and more for each of an H100's 132 processors.
+MANY_ROWS = 30
 LSE_BOUND = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
@@ -71,7 +73,28 @@ def _tested(kernel: Kernel, request: Request, device: torch.device) -> SelfTestR
         error = max(error, grad_error)
     if reason is None and mask is not None:
         reason = _perturbed(kernel, small, operands, mask, out)
+    if reason is None and getattr(kernel, "specialises", False):
+        reason, other_error = _other_form(kernel, small, device)
+        error = max(error, other_error)
     return SelfTestResult(reason, error)
+
+
+def _other_form(kernel: Kernel, small: Request, device: torch.device) -> tuple[str | None, float]:
+    """For kernels with `specialises`: what else they compile. Strided inputs; equal lists of whole blocks."""
+    request = replace(small, needs_grad=False)
+    if small.per_row_lengths or small.rule is not None:
+        mask = small_mask(request)
+    else:
+        bq, bk = small.block if small.sparse else (128, 128)
+        request = replace(request, batch=MANY_ROWS, q_len=3 * bq, k_len=3 * bk)
+        mask = _equal_lists(request) if small.sparse else None
+    operands = strided(small_operands(request, mask, device))
+    out, lse = kernel.run(request, operands)
+    expected, expected_lse = _reference(request, operands)
+    reason, error = _compare_out(out, expected, request)
+    if reason is None and request.needs_lse:
+        reason = _compare_lse(lse, expected_lse, request.dtype)
+    return None if reason is None else f"{reason} (strided inputs)", error
 
 
 # --- the tiny call ------------------------------------------------------------------------------------------
@@ -117,6 +140,17 @@ def small_mask(request: Request) -> BlockLists:
     )
 
 
+def _equal_lists(request: Request) -> BlockLists:
+    """3 x 3 whole blocks, two in each row."""
+    rows = ~torch.eye(3, dtype=torch.bool)
+    heads = 1 if request.shared_heads else request.heads
+    batch = 1 if request.shared_batch else request.batch
+    blocks = torch.stack([torch.stack([rows.roll(b + h, 0) for h in range(heads)]) for b in range(batch)])
+    return BlockLists.from_dense_blocks(
+        blocks, request.block, (request.q_len, request.k_len), allow_empty=request.allows_empty
+    )
+
+
 def _small_rule(request: Request) -> Rule:
     sq, sk = request.q_len, request.k_len
     if request.rule == "causal":
@@ -140,6 +174,15 @@ def small_operands(request: Request, mask: BlockLists | None, device: torch.devi
     key[..., request.head_dim // 2] *= 5.0
     tensors = [t.to(device, request.dtype).requires_grad_(request.needs_grad) for t in (query, key, value)]
     return Operands(*tensors, scale=1.0 / math.sqrt(request.head_dim), mask=mask)
+
+
+def strided(operands: Operands) -> Operands:
+    """The same values: queries with the heads outermost in memory, keys as a slice of a fused projection."""
+    query = operands.query.transpose(1, 2).contiguous().transpose(1, 2)
+    heads = operands.key.shape[2]
+    fused = operands.key.new_zeros((*operands.key.shape[:2], 3 * heads, operands.key.shape[3]))
+    fused[:, :, heads : 2 * heads] = operands.key
+    return replace(operands, query=query, key=fused[:, :, heads : 2 * heads])
 
 
 def _reference(request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -212,14 +213,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
+    """Of the checkout; a copy without its history names it in DIFFCTRL_COMMIT."""
     root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return os.environ.get("DIFFCTRL_COMMIT")
+    return done.stdout.strip() or os.environ.get("DIFFCTRL_COMMIT")
 
 
 def write_report(
@@ -231,7 +233,7 @@ def write_report(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     report = {
         "topic": topic,
-        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module_name(), *_arguments(topic)]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
         "device": device,
@@ -242,6 +244,17 @@ def write_report(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _arguments(topic: str) -> list[str]:
+    """Those of this run, but the file as it is committed, wherever this run wrote it."""
+    arguments = list(sys.argv[1:])
+    for i, argument in enumerate(arguments):
+        if argument == "--out" and i + 1 < len(arguments):
+            arguments[i + 1] = f"docs/results/{topic}.json"
+        elif argument.startswith("--out="):
+            arguments[i] = f"--out=docs/results/{topic}.json"
+    return arguments
 
 
 def _module_name() -> str:

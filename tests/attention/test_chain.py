@@ -255,6 +255,26 @@ def test_a_right_kernel_is_taken_and_tested_once_per_kind(fake_first):
     assert runs == [101, 101, 101, 100, 120, 100]
 
 
+def test_what_a_kernel_compiles_beside_the_small_call_is_tested_too():
+    def wrong_where_strided(request, operands):
+        out, lse = REFERENCE.run(request, operands)
+        return (out if operands.query.is_contiguous() else out + 1), lse
+
+    def wrong_on_whole_blocks(request, operands):
+        out, lse = REFERENCE.run(request, operands)
+        return (out if request.k_len % request.block[1] else out + 1), lse
+
+    for fault in (wrong_where_strided, wrong_on_whole_blocks):
+        kernel = Fake(fault)
+        assert self_test(kernel, REQUEST, torch.device("cpu")).ok
+        kernel.specialises = True
+        assert "strided" in self_test(kernel, REQUEST, torch.device("cpu")).reason
+    right = Fake(REFERENCE.run)
+    right.specialises = True
+    for changes in ({}, {"kv_heads": 1}, {"per_row_lengths": True}, {"sparse": False, "block": (0, 0)}):
+        assert self_test(right, replace(REQUEST, **changes), torch.device("cpu")).ok
+
+
 def test_a_forced_kernel_is_that_one_or_an_error(fake_first):
     q, k, v = make_inputs(1, 2, 2, (100, 100), 32)
     mask = random_lists((32, 32), (100, 100), heads=2)

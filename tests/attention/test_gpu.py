@@ -1,13 +1,20 @@
-"""The kernels of a GPU, bf16: the same properties for each of them. Run with `pytest -m gpu`."""
+"""The kernels of a GPU, bf16: the same properties for each of them.
+
+Run with `OMP_NUM_THREADS=2 pytest -m gpu -n 6 tests/attention/test_gpu.py`: most of the time is compilation,
+which six processes share (their caches on disk are common).
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from diffctrl.attention import BlockLists, EngineStats, attend, kernel_report, merge
+from diffctrl.attention import BlockLists, EngineStats, attend, chain, kernel_report, merge
 from diffctrl.attention.chain import load, request_for
-from diffctrl.attention.kernels.base import Operands
+from diffctrl.attention.kernels.base import Operands, Request
+from diffctrl.attention.kernels.flash4 import Flash4Kernel, Form
+from diffctrl.attention.kernels.triton_lists import HOPPER_CANDIDATES, TritonListsKernel
+from diffctrl.attention.selftest import self_test, strided
 from tests.attention.cases import assert_matches, make_inputs, make_rule, random_lists, reference
 
 pytestmark = [
@@ -50,8 +57,8 @@ CASES = {
     "per batch row": ((700, 700), 128, 3, 3, (128, 128), {"batch": 2}),
     "fine keys": ((1001, 1001), 128, 3, 3, (128, 64), {}),
     "fine both": ((500, 500), 64, 3, 3, (64, 64), {}),
-    "dim 32": ((400, 400), 33, 3, 2, (128, 128), {}),
-    "dim 72": ((400, 400), 73, 3, 2, (128, 128), {}),
+    "dim 32": ((400, 400), 32, 3, 3, (128, 128), {}),
+    "dim 72": ((400, 400), 72, 3, 3, (128, 128), {}),
     "dim 96": ((400, 400), 96, 3, 3, (128, 128), {}),
     "dim 256": ((400, 400), 256, 3, 3, (128, 128), {}),
     "lengths": ((400, 400), 128, 3, 3, (128, 128), {"n_valid": [129, 400]}),
@@ -112,6 +119,51 @@ def test_the_same_bits_in_every_run_and_batch(kernel):
 
 
 @pytest.mark.parametrize("kernel", LISTS)
+def test_strided_inputs(kernel):
+    mask = random_lists((128, 128), (700, 700), heads=3)
+    inputs = cuda_inputs(2, 3, 3, (700, 700), 128)
+    usable(kernel, inputs, mask, lse=True)
+    expected = reference(*inputs, mask)
+    other = strided(Operands(*inputs, scale=1.0, mask=mask))
+    assert not other.query.is_contiguous()
+    assert not other.key.is_contiguous()
+    odd = torch.cat([inputs[0], inputs[0][..., :1]], -1)[..., :128]  # no stride is a multiple of 16 bytes
+    for query in (other.query,) if kernel == "flex" else (other.query, odd):  # flex compiles for each
+        out, lse = attend(query, other.key, other.value, mask=mask, kernel=kernel, return_lse=True)
+        assert_matches(out, lse, expected)
+
+
+FORMS = {
+    "tail": {"needs_lse": True},
+    "grouped, row lengths": {"kv_heads": 2, "heads": 4, "per_row_lengths": True, "needs_lse": True},
+    "shared, empty rows": {"shared_heads": True, "shared_batch": True, "allows_empty": True},
+}
+CANDIDATES = [
+    *(TritonListsKernel(v) for v in HOPPER_CANDIDATES if v.specialize or v.rows != 128),
+    *(Flash4Kernel(Form(persistent=p, overlap=o)) for p, o in ((True, True), (False, False), (True, False))),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "kernel",
+    CANDIDATES,
+    ids=[(k.form if isinstance(k, Flash4Kernel) else k.variant).label for k in CANDIDATES],
+)
+def test_other_forms_of_a_kernel_pass_the_self_test(kernel, form):
+    """What the benchmark may time beside the default; each call is made in two forms by the self-test."""
+    base = {"heads": 3, "kv_heads": 3, "sparse": True, "block": (128, 128)} | FORMS[form]
+    heads, kv_heads = base.pop("heads"), base.pop("kv_heads")
+    arch = chain.arch_of(torch.device("cuda"))
+    request = Request("cuda", arch, BF16, 1, heads, kv_heads, 700, 700, 128, **base)
+    reason = kernel.why_not(request)
+    if reason is not None or arch != 90:
+        pytest.skip(reason or "candidates for sm90")
+    result = self_test(kernel, request, torch.device("cuda"))
+    assert result.ok, result.reason
+
+
+@pytest.mark.parametrize("kernel", LISTS)
 def test_all_blocks_equal_dense_attention(kernel):
     inputs = cuda_inputs(2, 3, 3, (1001, 1001), 128)
     mask = BlockLists.full((128, 128), (1001, 1001))
@@ -137,12 +189,28 @@ def test_gradients_over_lists(kernel, dim):
         assert float((one.double().cpu() - two).norm() / two.norm()) < 2e-2
 
 
+def test_deterministic_gradients_go_past_flash4():
+    inputs = cuda_inputs(1, 3, 3, (700, 700), 128, requires_grad=True)
+    mask = random_lists((128, 128), (700, 700), density=0.4, heads=3)
+    direction = torch.ones(1, 700, 3, 128, device="cuda", dtype=BF16)
+    stats = EngineStats()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [
+            torch.autograd.grad(attend(*inputs, mask=mask, stats=stats), inputs, direction) for _ in range(3)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(stats.calls) <= {"flex", "gathered"}
+    assert all(torch.equal(one, two) for run in runs[1:] for one, two in zip(run, runs[0], strict=True))
+
+
 @pytest.mark.parametrize(("lengths", "dim"), [((1001, 1001), 128), ((4096, 77), 64), ((129, 500), 72)])
 @pytest.mark.parametrize("kernel", DENSE)
 def test_dense_kernels(kernel, lengths, dim):
-    for strided in (False, True):
+    for outermost in (False, True):
         inputs = cuda_inputs(2, 3, 3, lengths, dim)
-        if strided:  # heads outermost in memory, as after a fused projection that was split by heads
+        if outermost:  # heads outermost in memory, as after a fused projection that was split by heads
             inputs = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs)
         usable(kernel, inputs, None, lse=True)
         out, lse = attend(*inputs, kernel=kernel, return_lse=True)
@@ -187,31 +255,35 @@ def test_fp32_runs_gathered_blocks():
     assert stats.calls == {"gathered": 1}
 
 
-def test_offsets_past_two_to_the_31():
+@pytest.mark.parametrize("kernel", ["flash4", "triton"])
+def test_offsets_past_two_to_the_31(kernel):
     """B * H * S * D > 2^31: the last head of the last row is compared."""
     length, heads, dim, batch = 32768, 24, 128, 22
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GB of free GPU memory")
     mask = BlockLists.from_dense_blocks(torch.eye(256).bool()[None, None], (128, 128), (length, length))
     inputs = [torch.randn(batch, length, heads, dim, device="cuda", dtype=BF16) for _ in range(3)]
-    out = attend(*inputs, mask=mask)
+    usable(kernel, inputs, mask)
+    out = attend(*inputs, mask=mask, kernel=kernel)
     small = random_lists((128, 128), (128, 128))
     part = [t[-1:, -128:, -1:] for t in inputs]
     assert_matches(out[-1:, -128:, -1:], None, reference(*part, small))
 
 
-def test_poisoned_memory_and_two_streams_do_not_show():
+@pytest.mark.parametrize("kernel", ["flash4", "triton"])
+def test_poisoned_memory_and_two_streams_do_not_show(kernel):
     lengths = (700, 700)
     mask = random_lists((128, 128), lengths, density=0.3, heads=3)
     inputs = cuda_inputs(2, 3, 3, lengths, 128)
-    expected = attend(*inputs, mask=mask)
+    usable(kernel, inputs, mask)
+    expected = attend(*inputs, mask=mask, kernel=kernel)
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     for step in range(40):
         poison = torch.full((8 << 20,), float("nan"), device="cuda")
         del poison
         with torch.cuda.stream(streams[step % 2]):
-            out = attend(*inputs, mask=mask)
+            out = attend(*inputs, mask=mask, kernel=kernel)
         streams[step % 2].synchronize()
         assert torch.equal(out, expected)
 

@@ -60,11 +60,6 @@ class Request:
     def q_blocks(self) -> int:
         return -(-self.q_len // self.block[0]) if self.sparse else 0
 
-    @property
-    def work(self) -> float:
-        """FLOP of one batch row: 4 * H * attended area * D, by density class; it never depends on B."""
-        return 4.0 * self.heads * self.q_len * self.k_len * self.head_dim * self.density_class
-
 
 @dataclass(frozen=True, slots=True)
 class Operands:
@@ -86,7 +81,11 @@ class Operands:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """One way to compute attention."""
+    """One way to compute attention.
+
+    A kernel that compiles anew by lengths, lists or strides says `specialises = True`: its self-test then
+    runs a second form of call.
+    """
 
     name: str
 

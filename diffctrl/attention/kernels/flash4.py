@@ -7,9 +7,12 @@ What this file knows about version 4.0.0b36, and checks before it trusts:
   - The end of the keys is masked in the last entry of a list only: lists must ascend (`BlockLists` sees to
     it), and with per-row lengths end with the block of the last valid key (`clipped`).
   - A partial list is mandatory, and block_size must be given, else it is guessed from the shapes.
-  - Without the transposed lists the backward is wrong by orders of magnitude.
+  - Without the transposed lists the backward is wrong by orders of magnitude; over lists it is never
+    deterministic ("not implemented", found on an H100).
   - A call costs 80 to 100 us of Python, more than the kernel of a short sequence. The compiled function
     behind it is called directly where the version is the one this was written for; see `_Entry`.
+  - One program per query block, one program per SM: a short list does not hide its start and end. A form that
+    does is in `flash4_persistent`.
 """
 
 from __future__ import annotations
@@ -38,8 +41,33 @@ PINNED = "4.0.0b36"
 _LOCK = threading.RLock()
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How the forward over lists is compiled; anything but the default on sm90 with the pinned version only.
+
+    persistent: `flash4_persistent`. overlap: the library's intra_wg_overlap, the scores of a key block beside
+    the values of the one before.
+    """
+
+    persistent: bool = False
+    overlap: bool = True
+
+    @property
+    def label(self) -> str:
+        return f"flash4{'-persistent' if self.persistent else ''}{'' if self.overlap else '-plain'}"
+
+
+STOCK = Form()
+
+
 class Flash4Kernel:
+    """`form` other than `STOCK`: for benchmarks and tests, until one is measured to be better."""
+
     name = "flash4"
+    specialises = True  # on lengths, lists and strides: the self-test has to see each
+
+    def __init__(self, form: Form = STOCK) -> None:
+        self.form = form
 
     def why_not(self, request: Request) -> str | None:
         if request.device_type != "cuda" or torch.version.hip is not None:
@@ -55,15 +83,23 @@ class Flash4Kernel:
         largest = 256 if request.arch // 10 == 9 else 128
         if request.head_dim % 8 or not 8 <= request.head_dim <= largest:
             return f"takes head dims that are multiples of 8 up to {largest} here, not {request.head_dim}"
-        return _why_not_lists(request) if request.sparse else None
+        if request.needs_grad and torch.are_deterministic_algorithms_enabled():
+            return "has no checked deterministic backward, and none at all over lists"
+        if not request.sparse:
+            return None
+        if self.form != STOCK and (
+            request.arch != 90 or installed_version() != PINNED or request.head_dim > 128
+        ):
+            return f"has the form {self.form.label} on sm90 up to head dim 128 in version {PINNED} only"
+        return _why_not_lists(request)
 
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = operands.query, operands.key, operands.value
         if request.needs_grad:
-            out, lse = _Differentiable.apply(query, key, value, operands, request.arch)
+            out, lse = _Differentiable.apply(query, key, value, operands, request.arch, self.form)
             return out, lse if request.needs_lse else None
         lists = prepared_lists(operands, request.arch)
-        return _forward(query, key, value, operands.scale, request.needs_lse, lists, request.arch)
+        return _forward(query, key, value, operands.scale, request.needs_lse, lists, request.arch, self.form)
 
     def backward(
         self, operands: Operands, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
@@ -109,6 +145,7 @@ def _forward(
     needs_lse: bool,
     lists: PreparedLists | None,
     arch: int | None,
+    form: Form = STOCK,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     # Gradients are handled in `_Differentiable`; a tensor that asks for one would change the compiled
     # function.
@@ -117,7 +154,7 @@ def _forward(
     direct = arch == 90 and _direct_calls() and all(_as_the_kernel_wants(t) for t in (query, key, value))
     entry_key = (
         query.dtype, query.shape[0], query.shape[2], key.shape[2], query.shape[3], needs_lse,
-        query.device.index,
+        query.device.index, form,
     )  # fmt: skip
     entry = entries.get(entry_key) if direct else None
     if entry is not None:
@@ -127,6 +164,21 @@ def _forward(
             _REFUSED.append(str(error))
             logger.warning("flash-attn-4 refuses direct calls, each call now pays its Python: %s", error)
             direct = False
+    if not direct:
+        return _library_call(query, key, value, scale, needs_lse, lists, form)
+    package = library()
+    with _LOCK, _Recorder(package._flash_attn_fwd) as recorder:
+        out, lse = _library_call(query, key, value, scale, needs_lse, lists, form)
+    if recorder.met is not None:
+        sparse = None if lists is None else _expanded(lists.tensors, query.shape[0], query.shape[2])
+        entries[entry_key] = _Entry(recorder.met, sparse, package.AuxData(None, None))
+    return out, lse
+
+
+def _library_call(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, needs_lse: bool,
+    lists: PreparedLists | None, form: Form,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     kwargs: dict[str, Any] = {"softmax_scale": scale, "return_lse": needs_lse}
     if lists is not None:
         kwargs["block_sparse_tensors"] = lists.tensors
@@ -134,14 +186,16 @@ def _forward(
     function = package.flash_attn_func
     if lists is not None and lists.lengths is not None:
         function, kwargs["seqused_k"] = package.flash_attn_varlen_func, lists.lengths
-    if not direct:
+    if lists is None or form == STOCK:
         return function(query, key, value, **kwargs)
-    with _LOCK, _Recorder(package._flash_attn_fwd) as recorder:
-        out, lse = function(query, key, value, **kwargs)
-    if recorder.met is not None:
-        sparse = None if lists is None else _expanded(lists.tensors, query.shape[0], query.shape[2])
-        entries[entry_key] = _Entry(recorder.met, sparse, package.AuxData(None, None))
-    return out, lse
+    kwargs["intra_wg_overlap"] = form.overlap
+    if not form.persistent:
+        return package._flash_attn_fwd(query, key, value, **kwargs)[:2]
+    from . import flash4_persistent
+
+    with _LOCK, flash4_persistent.persistent():
+        mark = flash4_persistent.CACHE_MARK
+        return package._flash_attn_fwd(query, key, value, num_threads=mark, **kwargs)[:2]
 
 
 def _as_the_kernel_wants(tensor: torch.Tensor) -> bool:
@@ -244,8 +298,10 @@ class _Differentiable(torch.autograd.Function):
         value: torch.Tensor,
         operands: Operands,
         arch: int | None,
+        form: Form,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = _forward(query, key, value, operands.scale, True, prepared_lists(operands, arch), arch)
+        lists = prepared_lists(operands, arch)
+        out, lse = _forward(query, key, value, operands.scale, True, lists, arch, form)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.scale, ctx.mask = operands.scale, operands.mask
         ctx.mark_non_differentiable(lse)
@@ -256,22 +312,19 @@ class _Differentiable(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         query, key, value, out, lse = ctx.saved_tensors
-        return *_backward(Operands(query, key, value, ctx.scale, ctx.mask), grad, out, lse), None, None
+        return *_backward(Operands(query, key, value, ctx.scale, ctx.mask), grad, out, lse), None, None, None
 
 
 def _backward(
     operands: Operands, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mask, device = operands.mask, operands.query.device
-    deterministic = torch.are_deterministic_algorithms_enabled()
     transposed = None
     if mask is not None:
-        transposed = mask.cached(
-            device, f"flash4 backward {deterministic}", lambda: make_transposed(mask, device, deterministic)
-        )
+        transposed = mask.cached(device, "flash4 backward", lambda: make_transposed(mask, device))
     dq, dk, dv = library()._flash_attn_bwd(
         operands.query.detach(), operands.key.detach(), operands.value.detach(), out, grad.contiguous(), lse,
-        softmax_scale=operands.scale, deterministic=deterministic, block_sparse_tensors=transposed,
+        softmax_scale=operands.scale, block_sparse_tensors=transposed,
     )  # fmt: skip
     return dq, dk, dv
 

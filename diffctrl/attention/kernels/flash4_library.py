@@ -102,44 +102,16 @@ def make_lists(mask: BlockLists, device: torch.device, arch: int, head_dim: int)
     return PreparedLists(tensors, None if mask.n_valid is None else mask.n_valid.to(device))
 
 
-def make_transposed(mask: BlockLists, device: torch.device, deterministic: bool) -> Any:
+def make_transposed(mask: BlockLists, device: torch.device) -> Any:
     """For each key block the query blocks that attend it, block_size still (bq, bk)."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     counts, indices = transpose_lists(mask.counts, mask.indices, mask.n_k_blocks)
     none = torch.zeros_like(counts), torch.zeros(*counts.shape, 1, dtype=torch.int32)
-    order: dict[str, Any] = {}
-    if deterministic:
-        order = {
-            "dq_write_order": none[1].to(device),
-            "dq_write_order_full": _write_order(mask, counts, indices).to(device),
-            "spt": False,
-        }
     return BlockSparseTensorsTorch(
         mask_block_cnt=none[0].to(device),
         mask_block_idx=none[1].to(device),
         full_block_cnt=counts.to(device),
         full_block_idx=indices.to(device),
         block_size=mask.block,
-        **order,
     )
-
-
-def _write_order(mask: BlockLists, counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Beside each (key block, query block) entry of the transposed lists: its place in the query block's own
-    list."""
-    bm, hm, nk, width = indices.shape
-    used = torch.arange(width) < counts.unsqueeze(-1)
-    head, k, slot = used.reshape(bm * hm, nk, width).nonzero(as_tuple=True)
-    q = indices.reshape(bm * hm, nk, width)[head, k, slot].long()
-    # A list ascends, so the place of k in it is the number of smaller entries: sorted by (head, q, k), places
-    # count up.
-    row = head * mask.n_q_blocks + q
-    by_row = torch.argsort(row * nk + k)
-    sizes = torch.bincount(row, minlength=bm * hm * mask.n_q_blocks)
-    starts = sizes.cumsum(0) - sizes
-    place = torch.empty_like(row)
-    place[by_row] = torch.arange(len(row)) - starts[row[by_row]]
-    order = torch.zeros(bm * hm, nk, width, dtype=torch.int32)
-    order[head, k, slot] = place.to(torch.int32)
-    return order.view(bm, hm, nk, width)

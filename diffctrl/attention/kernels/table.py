@@ -1,20 +1,25 @@
 """Which kernel first: the static choice table. Never timed in the user's process, so that a seed keeps its
 latents.
 
-Measured on one H100 80GB (torch 2.11, Triton 3.6, flash-attn-4 4.0.0b36), bf16, head dim 128, random lists of
-128 x 128 blocks, useful TFLOP/s, host included; `scripts/bench/engine.py` measures it anew
-(docs/results/engine.json):
+Measured on one H100 80GB HBM3 (torch 2.11, CUDA 13.0, Triton 3.6, flash-attn-4 4.0.0b36; 2026-11-24, commit
+67eb4f3), bf16, head dim 128, batch 1, random lists of 128 x 128 blocks with equal counts, useful TFLOP/s:
+device time, by graph replay at 4.6k. `scripts/bench/engine.py` measures it anew (docs/results/engine.json).
 
-| kernel                           | 32k x 12 heads | 119k x 24 heads | 4.6k x 24 heads |
-|----------------------------------|----------------|-----------------|-----------------|
-| flash4, dense                    | 700            | 663-700         | 640             |
-| cudnn, dense                     | 634-640        | 612-647         | 603             |
-| flash4, lists, density 0.25/0.10 | 654 / 554      | 670 / 653       | 503 / 136       |
-| triton, lists, density 0.25      | 495            | 464             | 392             |
-| flex, lists, density 0.25        | 410            | 428             | 334             |
+| kernel              | 4.6k tokens, 24 heads | 32k, 12 heads    | 119k, 24 heads |
+|---------------------|-----------------------|------------------|----------------|
+| cudnn, dense        | 635                   | 647              | 523            |
+| flash4, dense       | 672                   | 660              | 657            |
+| lists of density    | 1.0 / 0.25 / 0.111    | 1.0 / 0.25       | 0.25 / 0.10    |
+| flash4              | 662 / 529 / 395       | 680 / 700        | 678 / 633      |
+| triton, copy engine | 451 / 403 / 314       | 515 / 562        | 476 / 418      |
+| triton, pointers    | 387 / 337 / 280       | 438 / 438        | 382 / 372      |
 
-A short call of flash4 waits for its Python, not for the card; from 6e10 FLOP on the kernel is the longer of
-the two. A kernel that cannot take a call says so itself (`why_not`): here is only the order.
+The same at 4.6k with the host included, back to back: flash4 dense 655, cudnn 594; over lists flash4 530 /
+515 / 378, triton 438 / 392 / 296. The host needs no longer for flash4 (directly called) than for triton (135
+and 183 us a call from cold), so the short sequence gets the order of the long one. flex, measured before on
+another card of the kind: 334 / 410 / 428 at density 0.25.
+
+A kernel that cannot take a call says so itself (`why_not`): here is only the order.
 """
 
 from __future__ import annotations
@@ -22,14 +27,14 @@ from __future__ import annotations
 from .base import Request
 
 # Names of `chain.KERNEL_MODULES`. The chain takes the first that can and passes its self-test.
-LONG = ("flash4", "triton", "flex", "gathered")
-SHORT = ("triton", "flash4", "flex", "gathered")
+LISTS = ("flash4", "triton", "flex", "gathered")
 BACKWARD = ("flash4", "flex", "gathered")
 DENSE = ("flash4", "cudnn", "sdpa")
+DENSE_SHORT = ("cudnn", "sdpa")
 
-LONG_FROM_TOKENS = 16384
-LONG_FROM_FLOP = 6e10
-DENSE_FLASH4_FROM_TOKENS = 2048
+# Queries and keys from which flash4 was measured to be the faster dense kernel. Shorter or cross attention
+# was not: it stays with what torch would take.
+DENSE_FLASH4_FROM_TOKENS = 4096
 
 
 def kernel_order(request: Request) -> tuple[str, ...]:
@@ -37,10 +42,7 @@ def kernel_order(request: Request) -> tuple[str, ...]:
     size."""
     if request.device_type != "cuda":
         return ("gathered",) if request.sparse else ("sdpa",)
-    if not request.sparse:
-        return DENSE if request.q_len >= DENSE_FLASH4_FROM_TOKENS else DENSE[1:]
-    if request.needs_grad:
-        return BACKWARD
-    if request.q_len >= LONG_FROM_TOKENS or request.work >= LONG_FROM_FLOP:
-        return LONG
-    return SHORT
+    if request.sparse:
+        return BACKWARD if request.needs_grad else LISTS
+    shortest = min(request.q_len, request.k_len)
+    return DENSE if shortest >= DENSE_FLASH4_FROM_TOKENS else DENSE_SHORT

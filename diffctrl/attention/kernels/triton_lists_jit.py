@@ -4,11 +4,9 @@ Imports triton at its top, so only `triton_lists` imports it, and lazily. Axis l
 rows of a program, BN key tokens of a tile, bk = SPLIT * BN tokens of a list entry, DP = D padded to a power
 of two.
 
-Two orders of the same arithmetic (constexpr LATE):
-  plain: S = Q K^T, softmax, O += P V, tile after tile; the tensor cores wait during each softmax.
-  late:  O += P V of a tile is issued after Q K^T of the next one and runs during that tile's softmax. P is
-         carried as int16 because a carried bf16 operand would be moved to shared memory, after which the
-         compiler waits for the product at once. Needs 8 warps at D = 128.
+S = Q K^T, softmax, O += P V, tile after tile; the tensor cores wait during each softmax. Running P V during
+the next tile's softmax (P carried as bits) was tried: wrong on an H100 where the tail is masked, and no
+faster.
 """
 
 # A constexpr condition decides at compile time which names a loop carries; pyright sees a plain branch.
@@ -126,7 +124,7 @@ def lists_pointer(
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, QSUB: tl.constexpr,
     BN: tl.constexpr, SPLIT: tl.constexpr, BATCH_LISTS: tl.constexpr, HEAD_LISTS: tl.constexpr,
     HAS_LSE: tl.constexpr, HAS_VALID: tl.constexpr, TAIL: tl.constexpr, HAS_ORDER: tl.constexpr,
-    UNIT: tl.constexpr, SAME_KV: tl.constexpr, LATE: tl.constexpr,
+    UNIT: tl.constexpr, SAME_KV: tl.constexpr,
 ):  # fmt: skip
     """Pointer loads; any arch from sm80.
 
@@ -166,44 +164,16 @@ def lists_pointer(
     m_i = tl.full([BM], float("-inf"), tl.float32)
     l_i = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
-    first = 0
-    if LATE:
-        first = 1
-        start = entry * BK
-        at = tl.minimum(start, room) if TAIL else start
-        s = tl.dot(q_tile, tl.trans(_rows_at(k_base, k_off, at, s_ks, cols, D, DP)))
-        s = _masked(s, start, at, limit, BN, TAIL, False)
-        s = tl.where(count > 0, s, float("-inf"))
-        m_i = tl.max(s, 1) * scale_log2
-        m_i = tl.where(m_i == float("-inf"), 0.0, m_i)  # only in an empty list
-        p = tl.exp2(s * scale_log2 - m_i[:, None])
-        l_i = tl.sum(p, 1)
-        p16 = p.to(v.dtype.element_ty).to(tl.int16, bitcast=True)
-        alpha = tl.full([BM], 1.0, tl.float32)
-        before = at
-        entry = tl.load(idx + tl.minimum(1 // SPLIT, tl.maximum(count - 1, 0)))
-    for t in range(first, count * SPLIT):
+    for t in range(0, count * SPLIT):
         start = entry * BK + (t % SPLIT) * BN
         at = tl.minimum(start, room) if TAIL else start
         # One iteration ahead of its use, and never past the list.
         entry = tl.load(idx + tl.minimum((t + 1) // SPLIT, count - 1))
         k_tile = _rows_at(k_base, k_off, at, s_ks, cols, D, DP)
-        if LATE:
-            v_tile = _rows_at(v_base, v_off, before, s_vs, cols, D, DP)
-            s = tl.dot(q_tile, tl.trans(k_tile))
-            acc = tl.dot(p16.to(v.dtype.element_ty, bitcast=True), v_tile, acc * alpha[:, None])
-            s = _masked(s, start, at, limit, BN, TAIL, False)
-            p, alpha, l_i, m_i = _softmax(s, l_i, m_i, scale_log2)
-            p16 = p.to(v.dtype.element_ty).to(tl.int16, bitcast=True)
-            before = at
-        else:
-            v_tile = _rows_at(v_base, v_off, at, s_vs, cols, D, DP)
-            s = _masked(tl.dot(q_tile, tl.trans(k_tile)), start, at, limit, BN, TAIL, False)
-            p, alpha, l_i, m_i = _softmax(s, l_i, m_i, scale_log2)
-            acc = tl.dot(p.to(v.dtype.element_ty), v_tile, acc * alpha[:, None])
-    if LATE:
-        v_tile = _rows_at(v_base, v_off, before, s_vs, cols, D, DP)
-        acc = tl.dot(p16.to(v.dtype.element_ty, bitcast=True), v_tile, acc * alpha[:, None])
+        v_tile = _rows_at(v_base, v_off, at, s_vs, cols, D, DP)
+        s = _masked(tl.dot(q_tile, tl.trans(k_tile)), start, at, limit, BN, TAIL, False)
+        p, alpha, l_i, m_i = _softmax(s, l_i, m_i, scale_log2)
+        acc = tl.dot(p.to(v.dtype.element_ty), v_tile, acc * alpha[:, None])
     _store(out, lse, acc, l_i, m_i, b, h, heads, rows, q_len, D, DP, HAS_LSE)
 
 
@@ -214,11 +184,12 @@ def lists_descriptor(
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, QSUB: tl.constexpr,
     BN: tl.constexpr, SPLIT: tl.constexpr, BATCH_LISTS: tl.constexpr, HEAD_LISTS: tl.constexpr,
     HAS_LSE: tl.constexpr, HAS_VALID: tl.constexpr, TAIL: tl.constexpr, HAS_ORDER: tl.constexpr,
-    UNIT: tl.constexpr, SAME_KV: tl.constexpr, LATE: tl.constexpr, SPECIALIZE: tl.constexpr,
+    UNIT: tl.constexpr, SAME_KV: tl.constexpr, SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """Q, K and V through the bulk copy engine (sm90 on): descriptors of one head each, made here, so that
-    rows and columns outside arrive as zeros. SPECIALIZE hands the loads to a warp group of their own (plain
-    order, BM = 128 and 4 warps only)."""
+    rows and columns outside arrive as zeros. SPECIALIZE hands the loads to a warp group of their own and
+    splits the rows between two others (BM = 128 and 4 warps only; not with HAS_VALID, whose loop makes the
+    pass give up)."""
     BK: tl.constexpr = BN * SPLIT
     s_qb, s_qs, s_qh = s_qb * UNIT, s_qs * UNIT, s_qh * UNIT
     s_kb, s_ks, s_kh = s_kb * UNIT, s_ks * UNIT, s_kh * UNIT
@@ -233,7 +204,9 @@ def lists_descriptor(
     if HAS_VALID:
         limit = tl.minimum(k_len, tl.load(n_valid + b))
         count = _valid_prefix(idx, count, limit, BK)
-    rows = block * BM + tl.arange(0, BM)
+    # Not block * BM: Triton 3.6 splits the rows of Q by adding 64 to the scalar that its load starts at, in
+    # every place that shares the scalar, and the second group would store 64 rows too far.
+    rows = tl.arange(0, BM) - (0 - block) * BM
     b64, kv_head = b.to(tl.int64), (h // GROUP).to(tl.int64)
     k_desc = tl.make_tensor_descriptor(k + b64 * s_kb + kv_head * s_kh, [k_len, D], [s_ks, 1], [BN, DP])
     v_desc = tl.make_tensor_descriptor(v + b64 * s_vb + kv_head * s_vh, [k_len, D], [s_vs, 1], [BN, DP])
@@ -246,42 +219,16 @@ def lists_descriptor(
     m_i = tl.full([BM], float("-inf"), tl.float32)
     l_i = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
-    first = 0
-    if LATE:
-        first = 1
-        start = entry * BK
-        s = tl.dot(q_tile, k_desc.load([start, 0]).T)
-        s = _masked(s, start, start, limit, BN, TAIL, SPECIALIZE)
-        s = tl.where(count > 0, s, float("-inf"))
-        m_i = tl.max(s, 1) * scale_log2
-        m_i = tl.where(m_i == float("-inf"), 0.0, m_i)
-        p = tl.exp2(s * scale_log2 - m_i[:, None])
-        l_i = tl.sum(p, 1)
-        p16 = p.to(v.dtype.element_ty).to(tl.int16, bitcast=True)
-        alpha = tl.full([BM], 1.0, tl.float32)
-        before = start
-        entry = tl.load(idx + tl.minimum(1 // SPLIT, tl.maximum(count - 1, 0)))
-    for t in tl.range(first, count * SPLIT, warp_specialize=SPECIALIZE):
+    for t in tl.range(0, count * SPLIT, warp_specialize=SPECIALIZE):
         if SPECIALIZE:  # the pass takes no carried scalar and no branch
             start = tl.load(idx + t // SPLIT) * BK + (t % SPLIT) * BN
         else:
             start = entry * BK + (t % SPLIT) * BN
             entry = tl.load(idx + tl.minimum((t + 1) // SPLIT, count - 1))
         k_tile = k_desc.load([start, 0])
-        if LATE:
-            v_tile = v_desc.load([before, 0])
-            s = tl.dot(q_tile, k_tile.T)
-            acc = tl.dot(p16.to(v.dtype.element_ty, bitcast=True), v_tile, acc * alpha[:, None])
-            s = _masked(s, start, start, limit, BN, TAIL, SPECIALIZE)
-            p, alpha, l_i, m_i = _softmax(s, l_i, m_i, scale_log2)
-            p16 = p.to(v.dtype.element_ty).to(tl.int16, bitcast=True)
-            before = start
-        else:
-            v_tile = v_desc.load([start, 0])
-            s = tl.dot(q_tile, k_tile.T)
-            s = _masked(s, start, start, limit, BN, TAIL, SPECIALIZE)
-            p, alpha, l_i, m_i = _softmax(s, l_i, m_i, scale_log2)
-            acc = tl.dot(p.to(v.dtype.element_ty), v_tile, acc * alpha[:, None])
-    if LATE:
-        acc = tl.dot(p16.to(v.dtype.element_ty, bitcast=True), v_desc.load([before, 0]), acc * alpha[:, None])
+        v_tile = v_desc.load([start, 0])
+        s = tl.dot(q_tile, k_tile.T)
+        s = _masked(s, start, start, limit, BN, TAIL, SPECIALIZE)
+        p, alpha, l_i, m_i = _softmax(s, l_i, m_i, scale_log2)
+        acc = tl.dot(p.to(v.dtype.element_ty), v_tile, acc * alpha[:, None])
     _store(out, lse, acc, l_i, m_i, b, h, heads, rows, q_len, D, DP, HAS_LSE)
