@@ -54,7 +54,7 @@ class Form:
 
     @property
     def label(self) -> str:
-        return f"flash4{'-persistent' if self.persistent else ''}{'' if self.overlap else '-plain'}"
+        return f"flash4{'-persistent' if self.persistent else ''}{'' if self.overlap else '-no-overlap'}"
 
 
 STOCK = Form()
