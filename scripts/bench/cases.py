@@ -1,4 +1,4 @@
-"""What the benchmark of the engine runs on: shapes, random lists, a contender, and the check of its output."""
+"""What the benchmark of the engine runs on: shapes, random lists, a contender, the check of its output."""
 
 from __future__ import annotations
 
