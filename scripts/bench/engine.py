@@ -104,7 +104,7 @@ def dense_calls(device: str, with_fa2: bool) -> dict[str, Callable[[Operands], t
 
 
 def sparse_calls(device: str, shape: Shape, variants: bool) -> dict[str, Callable[[Operands], torch.Tensor]]:
-    calls = {"attend": whole_engine}
+    calls: dict[str, Callable[[Operands], torch.Tensor]] = {"attend": whole_engine}
     for name in ("gathered",) if device == "cpu" else ("flash4", "triton", "flex"):
         kernel = chain.load(name)
         if isinstance(kernel, str):
