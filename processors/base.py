@@ -82,7 +82,7 @@ class ControlAttnProcessor(Control, AttnProcessor):
             call.key,
             call.value,
             mask=site.mask,
-            # Block lists carry the valid lengths of the mask themselves: see `diffctrl.control.hooks`.
+            # Block lists carry the valid lengths of the mask themselves: see `diffctrl.control.publish`.
             attn_mask=call.attention_mask if site.mask is None else None,
             backend=self._attention_backend,
             parallel_config=self._parallel_config if call.parallel else None,

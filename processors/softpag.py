@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import MutableMapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,16 @@ from torch import Tensor
 from diffctrl.control import Context, Contributions, Published
 from diffctrl.families import Call, Site
 from diffctrl.processors.base import ControlAttnProcessor, published
-from diffctrl.softpag import Head, SoftPAGConfig, blend_identity, parse_heads, perturbation_delta
+from diffctrl.softpag import (
+    Head,
+    SoftPAGConfig,
+    blend_identity,
+    blend_zero,
+    guidance_delta,
+    parse_heads,
+    perturb,
+    rescaled,
+)
 
 
 class _Guidance:
@@ -23,14 +32,29 @@ class _Guidance:
 
     def active(self, context: Context) -> bool:
         config = self._config
-        if config.u == 0 or config.w == 0:
+        if config.rests:
             return False
         if config.start_fraction == 0 and config.stop_fraction == 1:
             return True  # a window over the whole run needs no scheduler
         return config.start_fraction <= context.fraction() < config.stop_fraction
 
-    def delta(self, cond: Tensor, perturbed: Tensor) -> Tensor:
-        return perturbation_delta(cond, perturbed, self._config.w)
+    @property
+    def mode(self) -> str:
+        return self._config.mode
+
+    @property
+    def rescales(self) -> bool:
+        return self._config.rescale != 0
+
+    @property
+    def remembers(self) -> bool:
+        return bool(self._config.apg_momentum)
+
+    def delta(self, cond: Tensor, perturbed: Tensor, memory: MutableMapping[str, Any]) -> Tensor:
+        return guidance_delta(self._config, cond, perturbed, memory)
+
+    def finish(self, prediction: Tensor, cond: Tensor) -> Tensor:
+        return rescaled(prediction, cond, self._config.rescale)
 
 
 class SoftPAGAttnProcessor(ControlAttnProcessor):
@@ -43,12 +67,11 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
     Raises:
         ValueError: a setting is out of range, or (when applied) a head does not exist in the model.
 
-    Source: arXiv 2506.10978, section 4. Twin rows run in the same batch, so that one more row per conditional
-    row is computed, in guided steps only.
+    Source: arXiv 2506.10978, section 4. One more row per conditional row is computed, in guided steps only.
+    Targets that are made from the scores cost a second attention of the chosen heads of those rows.
     """
 
     method = "softpag"
-    contributes = Contributions(output=True, guides=True)
 
     def __init__(self, heads: Any = None, *, config: SoftPAGConfig | None = None, **settings: Any) -> None:
         super().__init__()
@@ -57,6 +80,7 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
             settings["heads"] = heads
         self.config = replace(config, **settings) if settings else config
         self._guidance = _Guidance(self.config)
+        self.contributes = Contributions(output=True, guides=True, whole=self.config.needs_map)
 
     @property
     def guidance(self) -> _Guidance:
@@ -65,10 +89,31 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
     def describe(self) -> str:
         config = self.config
         heads = "default" if config.heads is None else ",".join(map(str, config.heads))
-        return f"softpag(heads={heads}, u={config.u:g}, w={config.w:g}, scope={config.scope})"
+        parts = [f"heads={heads}", f"u={config.u:g}", f"w={config.w:g}", f"scope={config.scope}"]
+        for field in fields(config):
+            value = getattr(config, field.name)
+            shown = ("heads", "u", "w", "scope", "start_fraction", "stop_fraction")
+            if field.name not in shown and value != field.default:
+                parts.append(
+                    f"{field.name}={value:g}" if isinstance(value, float) else f"{field.name}={value}"
+                )
+        return f"softpag({', '.join(parts)})"
 
     def check(self, sites: Sequence[Site]) -> None:
-        self._strengths(sites)
+        chosen = self._strengths(sites)
+        family = sites[0].family
+        if self.config.mode == "prefix" and not family.chains:
+            raise ValueError(
+                f"mode='prefix' restarts a model at a block, but blocks of {family.title} also get the "
+                "outputs of much earlier ones (skip connections); use mode='sequential' or 'batched'"
+            )
+        if self.config.query_mean == "txt":
+            for site in sites:
+                if site.name in chosen and site.kind != "joint":
+                    raise ValueError(
+                        f"query_mean='txt' needs text tokens among the queries, but {site.name} of this "
+                        f"{site.family.title} model attends image tokens alone; use 'all' or 'img'"
+                    )
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         strengths = self._strengths(sites)
@@ -99,7 +144,9 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
                     f"{by_index[None, flat[0]].heads} heads each, stacks {', '.join(stacks)}"
                 )
             strength = strengths.setdefault(site.name, torch.zeros(site.heads))
-            strength[slice(None) if head.head is None else head.head] = self.config.u
+            strength[slice(None) if head.head is None else head.head] = (
+                self.config.u if head.u is None else head.u
+            )
         return strengths
 
     def prepare(self, context: Context, previous: Published | None) -> Published | None:
@@ -109,16 +156,57 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
         key = (rows, info.device)
         if previous is not None and previous.key == key:
             return previous
-        weights = {}
+        made: dict[str, Any] = {}
         for name, strength in self._strengths(list(context.sites.values())).items():
-            weight = torch.zeros(rows.total, len(strength))
-            weight[rows.perturbed[0] :] = strength
-            weights[name] = weight.to(info.device)
-        return Published(key, weights)
+            if self._plain:
+                weight = torch.zeros(rows.total, len(strength))
+                weight[rows.perturbed[0] :] = strength
+                made[name] = weight.to(info.device)
+            else:
+                heads = strength.nonzero()[:, 0]
+                weight = strength[heads].repeat(rows.perturbed[1] - rows.perturbed[0], 1)
+                made[name] = weight.to(info.device), heads.to(info.device)
+        return Published(key, made)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the target is the values or nothing, so that one blend of the whole output is all."""
+        return self.config.kind in ("identity", "zero") and not self.config.needs_map
 
     def transform_output(self, site: Site, call: Call, output: Tensor) -> Tensor:
-        weight = published(site, self)
-        if weight is None:
+        """Blend the chosen heads of the twin rows; the others are returned bit for bit."""
+        made = published(site, self)
+        if made is None:
             return output
-        rows = None if self.config.scope == "joint" else (call.image.start, call.image.stop)
-        return blend_identity(output, call.value, weight, rows)
+        config, image = self.config, (call.image.start, call.image.stop)
+        if self._plain:
+            rows = None if config.scope == "joint" else image
+            if config.kind == "zero":
+                return blend_zero(output, made, rows)
+            return blend_identity(output, call.value, made, rows)
+        carrier = site.module.processor
+        if getattr(carrier, "_parallel_config", None) is not None:
+            raise RuntimeError(
+                f"{self.describe()} needs every key of a query, which context parallelism splits over "
+                "devices; use kind='identity' or kind='zero' there, or turn parallelism off"
+            )
+        if isinstance(made, Tensor):  # every row and head has a weight, as a search publishes them
+            made = made, torch.arange(made.shape[1], device=made.device)
+        weight, heads = made
+        return perturb(
+            config,
+            output,
+            call.query,
+            call.key,
+            call.value,
+            weight,
+            heads,
+            image=image,
+            mask=call.attention_mask,
+            grid=self._grid(site) if config.kind == "blur_query" else None,
+            backend=getattr(carrier, "_attention_backend", None),
+        )
+
+    @staticmethod
+    def _grid(site: Site) -> tuple[int, int, int]:
+        return site.family.site_grid(site.context.grid(), site)

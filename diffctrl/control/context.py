@@ -11,8 +11,8 @@ from torch import Tensor
 from diffctrl.attention import EngineStats
 from diffctrl.families.base import ForwardInfo, Site
 
-# How a pipeline arranges classifier-free guidance in the denoiser's batch.
-BatchLayout = Literal["cond", "uncond", "uncond_cond"]
+# How a pipeline arranges classifier-free guidance in the denoiser's batch; "perturbed" rows are all twins.
+BatchLayout = Literal["cond", "uncond", "uncond_cond", "perturbed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class Rows:
             return cls(batch, (0, batch // 2), (batch // 2, batch), (batch, batch))
         if layout == "uncond":
             return cls(batch, (0, batch), (batch, batch), (batch, batch))
+        if layout == "perturbed":
+            return cls(batch, (0, 0), (0, 0), (0, batch))
         return cls(batch, (0, 0), (0, batch), (batch, batch))
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -15,14 +15,37 @@ from diffctrl.families.base import Call, Family, Site
 
 
 class Guidance(Protocol):
-    """A method that steers with a perturbed twin of the conditional rows, run in the same batch."""
+    """A method that steers with a perturbed twin of the conditional rows.
+
+    Attributes:
+        mode: "batched" runs the twin in the same batch, "sequential" in a forward of its own afterwards,
+            "prefix" as that, from the first perturbed block on.
+        rescales: whether `finish` changes the guided prediction, which the hooks must then know.
+        remembers: whether `delta` keeps something from step to step.
+    """
+
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def rescales(self) -> bool: ...
+
+    @property
+    def remembers(self) -> bool: ...
 
     def active(self, context: Context) -> bool:
         """Whether this step is guided; outside, no twin is run."""
         ...
 
-    def delta(self, cond: Tensor, perturbed: Tensor) -> Tensor:
-        """What is added to the predictions, from the two predictions of the same shape; float32."""
+    def delta(self, cond: Tensor, perturbed: Tensor, memory: MutableMapping[str, Any]) -> Tensor:
+        """What is added to the predictions, from the two predictions of the same shape; float32.
+
+        `memory` lasts for one run and belongs to the guidance, which may write to it.
+        """
+        ...
+
+    def finish(self, prediction: Tensor, cond: Tensor) -> Tensor:
+        """The guided prediction after what is done to it as a whole, float32; called where it `rescales`."""
         ...
 
 
@@ -45,20 +68,30 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Contributions:
-    """What a control changes, so that two of them can be checked before anything is installed."""
+    """What a control changes, so that two of them can be checked before anything is installed.
+
+    Attributes:
+        reorders: the order of the tokens.
+        masks: which blocks are attended.
+        precision: the kernel's precision.
+        output: the attention output.
+        guides: the prediction, with perturbed twins.
+        whole: it computes with the scores of all queries and keys in the model's own order.
+    """
 
     reorders: bool = False
     masks: bool = False
     precision: bool = False
     output: bool = False
     guides: bool = False
+    whole: bool = False
 
 
 class Control:
     """Base of every method's processor. All hooks are optional; none may write to `self` or to an input."""
 
     method: ClassVar[str]
-    contributes: ClassVar[Contributions] = Contributions()
+    contributes: Contributions = Contributions()
     families: ClassVar[tuple[str, ...] | None] = None  # None: every family
 
     @property
@@ -132,3 +165,10 @@ def check_composition(controls: Sequence[Control]) -> None:
         for name, reason in reasons.items():
             if getattr(first.contributes, name) and getattr(second.contributes, name):
                 raise ValueError(f"{first.method} and {second.method} cannot be combined: {reason}")
+        for one, other in ((first, second), (second, first)):
+            if one.contributes.whole and (other.contributes.masks or other.contributes.reorders):
+                does = "leaves pairs of tokens out" if other.contributes.masks else "reorders tokens"
+                raise ValueError(
+                    f"{one.method} and {other.method} cannot be combined with these settings: "
+                    f"{one.describe()} computes with the whole attention map, and {other.method} {does}"
+                )

@@ -2,118 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
-from functools import reduce
-from operator import and_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffctrl.attention import BlockLists
 from diffctrl.control.context import BatchLayout, Context, Rows, current_step
-from diffctrl.control.control import Control, Guidance, Published, check_composition, check_control
+from diffctrl.control.control import Control, Guidance
+from diffctrl.control.passes import Passes, PassName
+from diffctrl.control.publish import Publisher
 from diffctrl.control.twin import (
     add_delta,
     append_grouped_twins,
     append_twins,
     prediction_of,
-    twin_delta,
     with_prediction,
 )
+from diffctrl.control.twin_pass import TwinPass
 from diffctrl.families import Family, ForwardInfo, Site
 
 
-class _PassName:
-    """Hears the names that pipelines give their denoiser calls: `with model.cache_context("cond"): ...`.
+class _Memory:
+    """What a guidance keeps from step to step of one run (momentum); a new run begins empty."""
 
-    It wraps the method on the instance. A hook in diffusers' registry would hear them too, but registering
-    one replaces `model.forward`, and taking it off would undo what the user put around it since (offloading).
-    """
-
-    def __init__(self) -> None:
-        self.current: str | None = None
-        self._model: nn.Module | None = None
-
-    def listen(self, model: nn.Module) -> None:
-        stock: Callable[..., Any] | None = getattr(model, "cache_context", None)
-        if stock is None:
-            return
-
-        @contextmanager
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-            previous, self.current = self.current, name
-            try:
-                with stock(name, *args, **kwargs):
-                    yield
-            finally:
-                self.current = previous
-
-        self._model = model
-        setattr(model, "cache_context", cache_context)  # noqa: B010 - torch types attributes as modules
-
-    def stop(self) -> None:
-        if self._model is not None:
-            del self._model.cache_context
-        self._model = None
-
-
-class _Passes:
-    """Tells what the rows of a call are, the way the stock pipelines arrange classifier-free guidance."""
-
-    def __init__(
-        self, family: Family, pipe: Any, scheduler: Any, batch_layout: BatchLayout | None, names: _PassName
-    ) -> None:
-        self._family, self._pipe, self._scheduler = family, pipe, scheduler
-        self._batch_layout: BatchLayout | None = batch_layout
-        self._names = names
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
         self._run: Any = None
-        self._run_scale = 0.0
-        self._unnamed: tuple[int | None, Any] | None = None
+        self._step = -1
+        self._kept: MutableMapping[str, Any] = {}
 
-    def layout(self) -> BatchLayout:
-        if self._batch_layout is not None:
-            return self._batch_layout
-        if self._family.cfg == "separate":
-            return "uncond" if self._names.current == "uncond" else "cond"
-        return "uncond_cond" if self._pipe is not None and self._guided() else "cond"
+    def of(self, step: int | None) -> MutableMapping[str, Any]:
+        run = getattr(self._scheduler, "timesteps", None)
+        if run is not self._run or step is None or step <= self._step:
+            self._kept = {}
+        self._run, self._step = run, -1 if step is None else step
+        return self._kept
 
-    def _guided(self) -> bool:
-        perturbs = getattr(self._pipe, "do_perturbed_attention_guidance", False)
-        if perturbs or hasattr(self._pipe, "image_guidance_scale"):
-            raise RuntimeError(
-                f"{type(self._pipe).__name__} guides with three passes in one batch, which diffctrl cannot "
-                "tell apart; use a pipeline with [uncond | cond] batches"
-            )
-        live = getattr(self._pipe, "do_classifier_free_guidance", None)
-        if live is not None:
-            return bool(live)
-        if not hasattr(self._pipe, "_guidance_scale"):
-            raise RuntimeError(
-                f"{type(self._pipe).__name__} does not say whether it guides with [uncond | cond] batches; "
-                "pass batch_layout='uncond_cond' or 'cond' to `diffctrl.apply`"
-            )
-        # CogVideoX's pipelines keep the answer to themselves and change the scale while they run: it is read
-        # where a run begins, which is where the scheduler has new timesteps.
-        timesteps = getattr(self._scheduler, "timesteps", None)
-        if timesteps is None or timesteps is not self._run:
-            self._run, self._run_scale = timesteps, self._pipe._guidance_scale
-        return self._run_scale > 1.0
-
-    def check_named(self, step: int | None) -> None:
-        """Refuse to guide a pipeline whose passes cannot be told apart: two in one step, none named."""
-        if self._family.cfg != "separate" or self._batch_layout is not None or step is None:
-            return
-        here = None if self._names.current else (step, getattr(self._scheduler, "timesteps", None))
-        before, self._unnamed = self._unnamed, here
-        if here is not None and before is not None and here[0] == before[0] and here[1] is before[1]:
-            raise RuntimeError(
-                f"the model ran twice in step {step}, and neither call was named, so that the conditional "
-                "and the unconditional pass cannot be told apart; run the passes inside "
-                "`with model.cache_context('cond'):` and `'uncond'`, or turn classifier-free guidance off"
-            )
+    def clear(self) -> None:
+        self._run, self._step, self._kept = None, -1, {}
 
 
 class ContextHook:
@@ -129,13 +57,15 @@ class ContextHook:
         batch_layout: BatchLayout | None,
     ) -> None:
         self._family, self._sites, self._context, self._scheduler = family, sites, context, scheduler
-        self._names = _PassName()
-        self._passes = _Passes(family, pipe, scheduler, batch_layout, self._names)
-        self._publisher = _Publisher(sites, family)
+        self._names = PassName()
+        self._passes = Passes(family, pipe, scheduler, batch_layout, self._names)
+        self._publisher = Publisher(sites, family)
         self._guidance: Guidance | None = None
         self._stock_rows: Rows | None = None
         # (step, delta) of the last guided cond pass, for the uncond pass of the same step.
         self._pending: tuple[int | None, Tensor] | None = None
+        self._twin = TwinPass(family, context)
+        self._memory = _Memory(scheduler)
         self._handles: list[Any] = []
 
     def register(self, model: nn.Module) -> None:
@@ -153,6 +83,8 @@ class ContextHook:
         self._handles = []
         self._names.stop()
         self._publisher.clear()
+        self._twin.forget()
+        self._memory.clear()
         self._pending = None
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -160,20 +92,42 @@ class ContextHook:
         controls = self._publisher.controls()
         call = family.bind(model, args, kwargs)
         info = family.describe(model, call)
+        if self._twin.running:
+            context.info, context.rows = info, Rows.of(info.batch, "perturbed")
+            self._publisher.publish(context, controls)
+            return args, kwargs
+        self._twin.forget()
         auxiliary = family.auxiliary(call)
         context.info = info
         context.rows = self._stock_rows = Rows.of(info.batch, "cond" if auxiliary else self._passes.layout())
         context.step, context.total_steps = current_step(self._scheduler, info.timestep)
         context.forwards += 1
-        self._guidance = next((c.guidance for c in controls if c.guidance is not None), None)
-        if self._guidance is not None and not self._guidance.active(context):
-            self._guidance = None
+        self._guidance = self._active_guidance(controls)
         if self._guidance is not None and not auxiliary:
             self._passes.check_named(context.step)
-            if context.rows.has_cond:
+            if not context.rows.has_cond:
+                pass
+            elif self._guidance.mode == "batched":
                 args, kwargs = (), self._with_twins(call, info, context.rows)
+            else:
+                chosen = next(c for c in controls if c.guidance is self._guidance).select(self._sites)
+                self._twin.keep(model, call, info.batch, context.rows, self._guidance.mode, chosen)
         self._publisher.publish(context, controls)
         return args, kwargs
+
+    def _active_guidance(self, controls: Sequence[Control]) -> Guidance | None:
+        context = self._context
+        guidance = next((c.guidance for c in controls if c.guidance is not None), None)
+        twins_only = context.rows is not None and context.rows.perturbed == (0, context.rows.total)
+        if guidance is None or twins_only or not guidance.active(context):
+            return None
+        if guidance.remembers and context.step is None:
+            raise RuntimeError(
+                f"{context.model_name}: momentum needs to know where a run begins, but no scheduler is "
+                "known; apply to the pipeline instead of the bare model, or pass scheduler=... to "
+                "`diffctrl.apply`"
+            )
+        return guidance
 
     def _with_twins(self, call: dict[str, Any], info: ForwardInfo, rows: Rows) -> dict[str, Any]:
         context, family = self._context, self._family
@@ -194,92 +148,44 @@ class ContextHook:
         return call
 
     def _after(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        guidance, rows = self._guidance, self._context.rows
-        if guidance is None or rows is None or self._stock_rows is None:
+        guidance, stock = self._guidance, self._stock_rows
+        if self._twin.running or guidance is None or stock is None:
             return None
-        prediction = prediction_of(output)
-        if rows.perturbed[0] < rows.perturbed[1]:
-            delta = twin_delta(prediction, rows, guidance)
-            self._pending = (self._context.step, delta)
-        elif self._pending is not None and self._pending[0] == self._context.step:
-            delta = self._pending[1]
+        context, prediction = self._context, prediction_of(output)
+        rows = context.rows
+        perturbed = None
+        if self._twin.kept:
+            perturbed = self._twin.run(model)
+        elif rows is not None and rows.perturbed[0] < rows.perturbed[1]:
+            perturbed = prediction[rows.perturbed[0] : rows.perturbed[1]]
+        if perturbed is not None:
+            shift = self._shift(guidance, prediction, perturbed, stock)
+            self._pending = (context.step, shift)
+        elif self._pending is not None and self._pending[0] == context.step:
+            shift = self._pending[1]
+            if guidance.rescales and not stock.has_cond:
+                raise RuntimeError(
+                    f"rescale cannot be exact here: {context.model_name} runs the conditional and the "
+                    "unconditional pass one after the other, so that the guided prediction is not known in "
+                    "either. Leave rescale at 0, or turn classifier-free guidance off"
+                )
         else:
             raise RuntimeError(
-                f"{self._context.model_name}: the unconditional pass of step {self._context.step} ran before "
+                f"{context.model_name}: the unconditional pass of step {context.step} ran before "
                 "its conditional one, so its share of the perturbation guidance is not known yet; use a "
                 "pipeline that runs the conditional pass first"
             )
-        return with_prediction(output, add_delta(prediction, delta, self._stock_rows.total))
+        return with_prediction(output, add_delta(prediction, shift, stock.total))
 
-
-class _Publisher:
-    """Hands every site what the controls prepared, so that compiled code reads it without recompiling."""
-
-    def __init__(self, sites: Sequence[Site], family: Family) -> None:
-        self._sites, self._family = sites, family
-        self._checked: list[Control] = []
-        self._prepared: dict[str, Published | None] = {}
-        self._masks: dict[tuple, BlockLists] = {}
-
-    def controls(self) -> list[Control]:
-        """The controls of the processors that the sites carry now, checked once where they are new."""
-        carried = []
-        for site in self._sites:
-            if site.installed is not None and site.module.processor is not site.installed:
-                raise RuntimeError(
-                    f"{site.name} runs {type(site.module.processor).__name__} instead of the processor that "
-                    "diffctrl put there, so that the control would do nothing; take the control off first "
-                    "(`remove()`), change the model, and apply again"
-                )
-            carried.extend(getattr(site.module.processor, "controls", ()))
-        controls = list({id(control): control for control in carried}.values())
-        if controls != self._checked:  # `model.set_attn_processor` puts them on without `apply`
-            check_composition(controls)
-            for control in controls:
-                check_control(control, self._family, self._sites)
-            self.clear()
-            self._checked = controls
-        return controls
-
-    def clear(self) -> None:
-        """Forget what was published; a handle that outlives its control holds no tensors."""
-        for site in self._sites:
-            site.published.clear()
-            site.mask = None
-        self._checked, self._prepared, self._masks = [], {}, {}
-
-    def publish(self, context: Context, controls: Sequence[Control]) -> None:
-        prepared = {c.method: c.prepare(context, self._prepared.get(c.method)) for c in controls}
-        self._prepared = prepared
-        masks: dict[tuple, BlockLists] = {}
-        for site in self._sites:
-            for method, value in prepared.items():
-                site.published[method] = None if value is None else value.sites.get(site.name)
-            site.mask = self._mask(context, site, list(prepared.values()), masks)
-        self._masks = masks  # what this forward did not use is forgotten
-
-    def _mask(
-        self, context: Context, site: Site, prepared: list[Published | None], used: dict[tuple, BlockLists]
-    ) -> Any:
-        """The blocks that every control attends, cut to the valid text of each row; on the device."""
-        parts = [p.masks[site.name] for p in prepared if p is not None and site.name in p.masks]
-        info = context.info
-        if not parts or info is None:
-            return None
-        lengths = self._valid_lengths(info, site)
-        key = (*parts, lengths)
-        lists = self._masks.get(key) or used.get(key)
-        if lists is None:
-            lists = reduce(and_, parts)
-            if lengths is not None:
-                lists = replace(lists, n_valid=torch.tensor(lengths, dtype=torch.int32))
-        used[key] = lists
-        return lists.on(info.device)
-
-    def _valid_lengths(self, info: ForwardInfo, site: Site) -> tuple[int, ...] | None:
-        if site.kind != "joint" or self._family.text_side != "last" or info.text_valid is None:
-            return None
-        if info.grid is None:
-            return None
-        frames, rows, columns = info.grid
-        return tuple(frames * rows * columns + valid for valid in info.text_valid)
+    def _shift(self, guidance: Guidance, prediction: Tensor, perturbed: Tensor, rows: Rows) -> Tensor:
+        """What is added to every half, so that the pipeline's own line yields the guided prediction."""
+        cond = prediction[rows.cond[0] : rows.cond[1]]
+        delta = guidance.delta(cond, perturbed, self._memory.of(self._context.step))
+        if not guidance.rescales:
+            return delta
+        # (e + x) + s ((c + x) - (e + x)) = base + x: with x = finish(base + delta) - base it is the result.
+        base = cond.to(delta.dtype)
+        if rows.uncond[0] < rows.uncond[1]:
+            uncond = prediction[rows.uncond[0] : rows.uncond[1]].to(delta.dtype)
+            base = uncond + self._passes.scale() * (base - uncond)
+        return guidance.finish(base + delta, cond) - base

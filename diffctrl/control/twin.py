@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from diffctrl.control.context import Rows
-from diffctrl.control.control import Guidance
 
 
 def append_twins(value: Any, batch: int, rows: Rows) -> Any:
@@ -37,10 +36,22 @@ def append_grouped_twins(value: Tensor, batch: int, rows: Rows) -> Tensor:
     return append_twins(value.unflatten(0, (batch, -1)), batch, rows).flatten(0, 1)
 
 
-def twin_delta(prediction: Tensor, rows: Rows, guidance: Guidance) -> Tensor:
-    """The guidance's change, from the conditional and the twin rows of a (B, ...) prediction; float32."""
-    cond = prediction[rows.cond[0] : rows.cond[1]]
-    return guidance.delta(cond, prediction[rows.perturbed[0] : rows.perturbed[1]])
+def cond_rows(value: Any, batch: int, rows: Rows) -> Any:
+    """The conditional rows of every batched tensor in a nest of lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or value.shape[0] != batch:
+            return value
+        return value[rows.cond[0] : rows.cond[1]]
+    if isinstance(value, (list, tuple)):
+        return type(value)(cond_rows(item, batch, rows) for item in value)
+    if isinstance(value, dict):
+        return {name: cond_rows(item, batch, rows) for name, item in value.items()}
+    return value
+
+
+def grouped_cond_rows(value: Tensor, batch: int, rows: Rows) -> Tensor:
+    """The same for a tensor (B * G, ...) that holds G rows for each batch row."""
+    return cond_rows(value.unflatten(0, (batch, -1)), batch, rows).flatten(0, 1)
 
 
 def add_delta(prediction: Tensor, delta: Tensor, seen: int) -> Tensor:

@@ -189,6 +189,11 @@ class Family(ABC):
     cfg: ClassVar[Literal["batched", "separate"]]
     # Stacks whose layers the flat layer index counts, in order.
     stacks: ClassVar[tuple[str, ...]]
+    # Lists of blocks in the order in which they run, where a block gets the output of the one before and what
+    # is the same for all; () where blocks get more (a UNet's skip connections).
+    chains: ClassVar[tuple[str, ...]] = ()
+    # Whether the stock pipelines know their guidance scale before the forward that it is used after.
+    scale_known: ClassVar[bool] = True
     # Where the text tokens of a joint sequence lie.
     text_side: ClassVar[Literal["first", "last"] | None] = None
 

@@ -85,6 +85,8 @@ class CogVideoXFamily(Family):
     )
     cfg = "batched"
     stacks = ("transformer_blocks",)
+    chains = ("transformer_blocks",)
+    scale_known = False  # use_dynamic_cfg sets it between the forward and its use
     text_side = "first"
 
     def model_class(self) -> type[nn.Module]:

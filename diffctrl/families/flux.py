@@ -94,6 +94,7 @@ class FluxFamily(Family):
     )
     cfg = "separate"
     stacks = ("transformer_blocks", "single_transformer_blocks")
+    chains = ("transformer_blocks", "single_transformer_blocks")
     text_side = "first"
 
     def model_class(self) -> type[nn.Module]:

@@ -89,6 +89,7 @@ class HunyuanVideoFamily(Family):
     )
     cfg = "separate"
     stacks = ("transformer_blocks", "single_transformer_blocks")
+    chains = ("transformer_blocks", "single_transformer_blocks")
     text_side = "last"
 
     def model_class(self) -> type[nn.Module]:

@@ -67,6 +67,7 @@ class LTXFamily(Family):
     )
     cfg = "batched"
     stacks = ("transformer_blocks",)
+    chains = ("transformer_blocks",)
 
     def model_class(self) -> type[nn.Module]:
         return LTXVideoTransformer3DModel

@@ -105,6 +105,7 @@ class MochiFamily(Family):
     )
     cfg = "batched"
     stacks = ("transformer_blocks",)
+    chains = ("transformer_blocks",)
     text_side = "last"
 
     def model_class(self) -> type[nn.Module]:

@@ -88,6 +88,7 @@ class SD3Family(Family):
     )
     cfg = "batched"
     stacks = ("transformer_blocks",)
+    chains = ("transformer_blocks",)
     text_side = "last"
 
     def model_class(self) -> type[nn.Module]:

@@ -98,6 +98,7 @@ class WanFamily(Family):
     grouped = ("encoder_hidden_states_image",)
     cfg = "separate"
     stacks = ("blocks",)
+    chains = ("blocks",)
 
     def model_class(self) -> type[nn.Module]:
         return WanTransformer3DModel

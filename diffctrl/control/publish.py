@@ -1,0 +1,89 @@
+"""Hands every site what the controls prepared for the running forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import and_
+from typing import Any
+
+import torch
+
+from diffctrl.attention import BlockLists
+from diffctrl.control.context import Context
+from diffctrl.control.control import Control, Published, check_composition, check_control
+from diffctrl.families import Family, ForwardInfo, Site
+
+
+class Publisher:
+    """Hands every site what the controls prepared, so that compiled code reads it without recompiling."""
+
+    def __init__(self, sites: Sequence[Site], family: Family) -> None:
+        self._sites, self._family = sites, family
+        self._checked: list[Control] = []
+        self._prepared: dict[str, Published | None] = {}
+        self._masks: dict[tuple, BlockLists] = {}
+
+    def controls(self) -> list[Control]:
+        """The controls of the processors that the sites carry now, checked once where they are new."""
+        carried = []
+        for site in self._sites:
+            if site.installed is not None and site.module.processor is not site.installed:
+                raise RuntimeError(
+                    f"{site.name} runs {type(site.module.processor).__name__} instead of the processor that "
+                    "diffctrl put there, so that the control would do nothing; take the control off first "
+                    "(`remove()`), change the model, and apply again"
+                )
+            carried.extend(getattr(site.module.processor, "controls", ()))
+        controls = list({id(control): control for control in carried}.values())
+        if controls != self._checked:  # `model.set_attn_processor` puts them on without `apply`
+            check_composition(controls)
+            for control in controls:
+                check_control(control, self._family, self._sites)
+            self.clear()
+            self._checked = controls
+        return controls
+
+    def clear(self) -> None:
+        """Forget what was published; a handle that outlives its control holds no tensors."""
+        for site in self._sites:
+            site.published.clear()
+            site.mask = None
+        self._checked, self._prepared, self._masks = [], {}, {}
+
+    def publish(self, context: Context, controls: Sequence[Control]) -> None:
+        prepared = {c.method: c.prepare(context, self._prepared.get(c.method)) for c in controls}
+        self._prepared = prepared
+        masks: dict[tuple, BlockLists] = {}
+        for site in self._sites:
+            for method, value in prepared.items():
+                site.published[method] = None if value is None else value.sites.get(site.name)
+            site.mask = self._mask(context, site, list(prepared.values()), masks)
+        self._masks = masks  # what this forward did not use is forgotten
+
+    def _mask(
+        self, context: Context, site: Site, prepared: list[Published | None], used: dict[tuple, BlockLists]
+    ) -> Any:
+        """The blocks that every control attends, cut to the valid text of each row; on the device."""
+        parts = [p.masks[site.name] for p in prepared if p is not None and site.name in p.masks]
+        info = context.info
+        if not parts or info is None:
+            return None
+        lengths = self._valid_lengths(info, site)
+        key = (*parts, lengths)
+        lists = self._masks.get(key) or used.get(key)
+        if lists is None:
+            lists = reduce(and_, parts)
+            if lengths is not None:
+                lists = replace(lists, n_valid=torch.tensor(lengths, dtype=torch.int32))
+        used[key] = lists
+        return lists.on(info.device)
+
+    def _valid_lengths(self, info: ForwardInfo, site: Site) -> tuple[int, ...] | None:
+        if site.kind != "joint" or self._family.text_side != "last" or info.text_valid is None:
+            return None
+        if info.grid is None:
+            return None
+        frames, rows, columns = info.grid
+        return tuple(frames * rows * columns + valid for valid in info.text_valid)
