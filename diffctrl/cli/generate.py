@@ -25,7 +25,7 @@ _SIZE = re.compile(r"(\d+)[xX](\d+)")
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw; may be left out with --from.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Embedded model, folder, or hub repository. [default: shapes-sd3]")
+        str | None, typer.Option(help="Embedded model, folder, or hub repository (default: shapes-sd3).")
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="Attention control, as listed by `diffctrl info`; repeatable.")
@@ -33,7 +33,7 @@ def generate(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A method's option; repeatable.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="The noise to start from. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="The noise to start from (default: 0).")] = None,
     num: Annotated[int, typer.Option(help="Pictures, with seeds that follow each other.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
