@@ -65,7 +65,9 @@ def _counts(source: ModelSource, prompt: str, max_sequence_length: int | None) -
             continue
         where = str(source.folder) if source.folder is not None else source.name
         try:
-            tokenizer = getattr(transformers, class_name).from_pretrained(where, subfolder=component)
+            tokenizer = getattr(transformers, class_name).from_pretrained(
+                where, subfolder=component, local_files_only=not source.asks_hub
+            )
         except (OSError, ValueError) as error:
             raise BadRequestError(f"{source.name}: its {component} cannot be loaded ({error})") from None
         limit = int(tokenizer.model_max_length)

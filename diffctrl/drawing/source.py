@@ -19,6 +19,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LIBRARIES = ("diffusers", "transformers")
 _READ_WHOLE_BYTES = 512 * 2**20
 _END_BYTES = 2**20
+_HUB_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,26 @@ class ModelSource:
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(self.name, relative))
+            return Path(hf_hub_download(self.name, relative, local_files_only=self._hub_silence is not None))
         except Exception as error:  # the hub client has many classes; each means that there is no file
             raise BadRequestError(
                 f"there is no folder {self.name} here, and no {relative} of that repository on the hub "
-                f"({_first_line(error)})"
+                f"({self._hub_silence or _first_line(error)})"
             ) from None
+
+    @cached_property
+    def _hub_silence(self) -> str | None:
+        """Why the hub cannot be asked for this repository, or None; without it, only cached files are used.
+
+        One question with a short limit: a download would try again and again for each file.
+        """
+        from huggingface_hub import HfApi
+
+        try:
+            HfApi().model_info(self.name, timeout=_HUB_SECONDS)
+        except Exception as error:  # as above
+            return _first_line(error)
+        return None
 
     @cached_property
     def kind(self) -> PipelineKind:
@@ -123,6 +138,11 @@ class ModelSource:
                 )
         return KINDS[name]
 
+    @property
+    def asks_hub(self) -> bool:
+        """Whether loading may ask the network."""
+        return self.folder is None and self._hub_silence is None
+
     def components(self) -> dict[str, str]:
         """Component -> class name, of those that the pipeline has."""
         index = self.config()
@@ -146,7 +166,9 @@ class ModelSource:
 
         where = str(self.folder) if self.folder is not None else self.name
         try:
-            return DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True)
+            return DiffusionPipeline.from_pretrained(
+                where, dtype=dtype, use_safetensors=True, local_files_only=not self.asks_hub
+            )
         except (OSError, ValueError) as error:
             raise BadRequestError(f"{self.name} cannot be loaded: {_first_line(error)}") from None
 

@@ -60,6 +60,7 @@ def test_no_steps(generate, no_weights):
         ("/no/such/folder", "no folder"),
         ("shapes-sd", "did you mean shapes-sd3?"),
         ("a b", "no hub repository"),
+        ("owner/name", "no folder owner/name here"),  # the tests are offline
     ],
 )
 def test_models_that_are_not_there(generate, no_weights, model, says):
