@@ -5,11 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffctrl.pipelines.softpag import StableDiffusion3SoftPAGPipeline
+    from diffctrl.pipelines.softpag import (
+        FluxSoftPAGPipeline,
+        StableDiffusion3SoftPAGPipeline,
+        StableDiffusionXLSoftPAGPipeline,
+        WanSoftPAGPipeline,
+    )
+    from diffctrl.pipelines.softpag_guider import SoftPAGGuidance
 
-__all__ = ["StableDiffusion3SoftPAGPipeline"]
+__all__ = [
+    "FluxSoftPAGPipeline",
+    "SoftPAGGuidance",
+    "StableDiffusion3SoftPAGPipeline",
+    "StableDiffusionXLSoftPAGPipeline",
+    "WanSoftPAGPipeline",
+]
 
-_PLACES = {"StableDiffusion3SoftPAGPipeline": "diffctrl.pipelines.softpag"}
+_PLACES = {
+    "FluxSoftPAGPipeline": "diffctrl.pipelines.softpag",
+    "SoftPAGGuidance": "diffctrl.pipelines.softpag_guider",
+    "StableDiffusion3SoftPAGPipeline": "diffctrl.pipelines.softpag",
+    "StableDiffusionXLSoftPAGPipeline": "diffctrl.pipelines.softpag",
+    "WanSoftPAGPipeline": "diffctrl.pipelines.softpag",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -79,7 +79,8 @@ class ControlledPipelineMixin:
 
 
 def joined_signature(stock: Callable[..., Any], own: Callable[..., Any]) -> inspect.Signature:
-    """The stock call's signature with the keyword-only parameters of `own` at its end."""
+    """The stock call's signature with the keyword-only parameters of `own` at its end (before `**kwargs`)."""
     signature = inspect.signature(stock)
     extra = [p for p in inspect.signature(own).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return signature.replace(parameters=[*signature.parameters.values(), *extra])
+    parameters = [*signature.parameters.values(), *extra]
+    return signature.replace(parameters=sorted(parameters, key=lambda p: p.kind))  # a stable sort

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, ClassVar
 
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline, WanPipeline
 
 from diffctrl.pipelines.base import ControlledPipelineMixin, joined_signature
 from diffctrl.processors import SoftPAGAttnProcessor
 from diffctrl.softpag import SoftPAGConfig
 
+_SETTINGS = tuple(field.name for field in fields(SoftPAGConfig))
 
-class StableDiffusion3SoftPAGPipeline(ControlledPipelineMixin, StableDiffusion3Pipeline):
-    """`StableDiffusion3Pipeline` under SoftPAG (arXiv 2506.10978), with the settings in the call.
+
+class SoftPAGPipelineMixin(ControlledPipelineMixin):
+    """A stock pipeline whose call also takes the settings of SoftPAG (arXiv 2506.10978).
 
     ```python
     pipe = StableDiffusion3SoftPAGPipeline.from_pretrained(...)
@@ -22,39 +24,37 @@ class StableDiffusion3SoftPAGPipeline(ControlledPipelineMixin, StableDiffusion3P
     ```
     """
 
-    stock_class = StableDiffusion3Pipeline
+    # What this model is guided with where nothing is said.
+    softpag: ClassVar[SoftPAGConfig] = SoftPAGConfig()
 
-    def __call__(
-        self,
-        *args: Any,
-        heads: Any = None,
-        u: float | None = None,
-        w: float | None = None,
-        scope: str | None = None,
-        start_fraction: float | None = None,
-        stop_fraction: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The stock call, guided.
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
 
-        Args:
-            heads, u, w, scope, start_fraction, stop_fraction: as in `SoftPAGConfig`, for this call; what is
-                left out comes from the installed processor, or is the default without one. u=0 is stock.
-            args, kwargs: of `StableDiffusion3Pipeline.__call__`.
-        """
-        named = {
-            "heads": heads,
-            "u": u,
-            "w": w,
-            "scope": scope,
-            "start_fraction": start_fraction,
-            "stop_fraction": stop_fraction,
-        }
-        settings = {name: value for name, value in named.items() if value is not None}
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is the class's call
+            return self._guided_call(*args, **kwargs)
+
+        __call__.__doc__ = (
+            f"`{cls.stock_class.__name__}.__call__`, guided with SoftPAG.\n\n"
+            f"Besides the stock arguments it takes those of `SoftPAGConfig` ({', '.join(_SETTINGS)})\n"
+            "for this call. What is left out comes from the installed processor, or is the default\n"
+            "without one. u=0 is stock."
+        )
+        joined = joined_signature(cls.stock_class.__call__, SoftPAGConfig)
+        parameters = [
+            p.replace(default=getattr(cls.softpag, name)) if name in _SETTINGS else p
+            for name, p in joined.parameters.items()
+        ]
+        __call__.__signature__ = joined.replace(parameters=parameters)  # type: ignore[attr-defined]
+        cls.__call__ = __call__  # type: ignore[method-assign]
+
+    def _guided_call(self, *args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
+        settings = {name: value for name, value in given.items() if value is not None}
+        stock: Any = self.stock_class.__call__
         if not settings and (self.control is not None or self._controlled_from_outside()):
-            return super().__call__(*args, **kwargs)
+            return stock(self, *args, **kwargs)
         with self._controlled(self._with_settings(settings)):
-            return super().__call__(*args, **kwargs)
+            return stock(self, *args, **kwargs)
 
     def _with_settings(self, settings: dict[str, Any]) -> list[Any]:
         """The installed processors with SoftPAG's settings changed, or added where it is not among them."""
@@ -63,8 +63,29 @@ class StableDiffusion3SoftPAGPipeline(ControlledPipelineMixin, StableDiffusion3P
             if isinstance(control, SoftPAGAttnProcessor):
                 installed[index] = SoftPAGAttnProcessor(config=replace(control.config, **settings))
                 return installed
-        return [*installed, SoftPAGAttnProcessor(config=SoftPAGConfig(**settings))]
+        return [*installed, SoftPAGAttnProcessor(config=replace(self.softpag, **settings))]
 
 
-_call = StableDiffusion3SoftPAGPipeline.__call__
-_call.__signature__ = joined_signature(StableDiffusion3Pipeline.__call__, _call)  # type: ignore[attr-defined]
+class StableDiffusion3SoftPAGPipeline(SoftPAGPipelineMixin, StableDiffusion3Pipeline):
+    """`StableDiffusion3Pipeline` under SoftPAG; works with and without classifier-free guidance."""
+
+    stock_class = StableDiffusion3Pipeline
+
+
+class FluxSoftPAGPipeline(SoftPAGPipelineMixin, FluxPipeline):
+    """`FluxPipeline` under SoftPAG, without classifier-free guidance or on top of `true_cfg_scale`."""
+
+    stock_class = FluxPipeline
+    softpag = SoftPAGConfig(w=8.0)  # published for FLUX.1-dev
+
+
+class StableDiffusionXLSoftPAGPipeline(SoftPAGPipelineMixin, StableDiffusionXLPipeline):
+    """`StableDiffusionXLPipeline` under SoftPAG, in the middle block unless heads are named."""
+
+    stock_class = StableDiffusionXLPipeline
+
+
+class WanSoftPAGPipeline(SoftPAGPipelineMixin, WanPipeline):
+    """`WanPipeline` under SoftPAG; both transformers of Wan 2.2 are guided."""
+
+    stock_class = WanPipeline

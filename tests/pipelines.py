@@ -13,6 +13,7 @@ from diffusers import (
     FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
     WanPipeline,
 )
@@ -88,6 +89,13 @@ def sd_pipeline() -> Any:
     )
 
 
+def sdxl_pipeline() -> Any:
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    pipe = StableDiffusionXLPipeline(unet=build("sdxl"), scheduler=scheduler, add_watermarker=False, **parts)
+    return _quiet(pipe)
+
+
 def denoiser(pipe: Any) -> nn.Module:
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
@@ -104,6 +112,9 @@ def prompts(pipe: Any, batch: int = 1, seed: int = 3) -> dict[str, Tensor]:
     if "pooled_projection_dim" in config:
         made["pooled_prompt_embeds"] = _randn(seed + 2, batch, config.pooled_projection_dim)
         made["negative_pooled_prompt_embeds"] = _randn(seed + 3, batch, config.pooled_projection_dim)
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        made["pooled_prompt_embeds"] = _randn(seed + 2, batch, 20)
+        made["negative_pooled_prompt_embeds"] = _randn(seed + 3, batch, 20)
     return made
 
 

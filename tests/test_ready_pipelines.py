@@ -1,15 +1,22 @@
-"""The ready SD3 pipeline: stock at u=0, `diffctrl.apply` by hand otherwise."""
+"""The ready pipelines: stock at u=0, `diffctrl.apply` by hand otherwise."""
 
 import inspect
+from dataclasses import fields
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import diffctrl
-from diffctrl.pipelines import StableDiffusion3SoftPAGPipeline
+from diffctrl.pipelines import (
+    FluxSoftPAGPipeline,
+    StableDiffusion3SoftPAGPipeline,
+    StableDiffusionXLSoftPAGPipeline,
+    WanSoftPAGPipeline,
+)
 from diffctrl.processors import NeutralAttnProcessor, SoftPAGAttnProcessor, SoftPAGConfig
 from tests import tiny
+from tests.pipelines import flux_pipeline, generate, sd3_pipeline, sdxl_pipeline, wan_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +106,41 @@ def test_saved_pipeline_is_a_stock_one(guided, stock, tmp_path):
     assert torch.equal(tiny.latents(again, u=0.0), tiny.latents(stock))
 
 
-def test_signature_names_the_stock_arguments_and_the_settings():
-    parameters = inspect.signature(StableDiffusion3SoftPAGPipeline.__call__).parameters
-    assert list(inspect.signature(StableDiffusion3Pipeline.__call__).parameters) == list(parameters)[:-6]
-    assert list(parameters)[-6:] == ["heads", "u", "w", "scope", "start_fraction", "stop_fraction"]
+SETTINGS = [field.name for field in fields(SoftPAGConfig)]
+READY = [
+    (StableDiffusion3SoftPAGPipeline, sd3_pipeline, {"guidance_scale": 3.0}),
+    (FluxSoftPAGPipeline, flux_pipeline, {"true_cfg_scale": 3.0}),
+    (StableDiffusionXLSoftPAGPipeline, sdxl_pipeline, {"guidance_scale": 3.0}),
+    (WanSoftPAGPipeline, wan_pipeline, {"guidance_scale": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("ready", "make", "call"), READY)
+def test_every_ready_pipeline_is_stock_at_no_strength_and_apply_by_hand_else(ready, make, call):
+    stock = make()
+    guided = ready(**stock.components, **{k: v for k, v in stock.config.items() if k in ("boundary_ratio",)})
+    guided.set_progress_bar_config(disable=True)
+    plain = generate(stock, steps=2, **call)
+    assert torch.equal(generate(guided, steps=2, u=0.0, **call), plain)
+    w = 8.0 if ready is FluxSoftPAGPipeline else 3.0
+    with diffctrl.apply(stock, SoftPAGAttnProcessor(w=w)):
+        wanted = generate(stock, steps=2, **call)
+    assert torch.equal(generate(guided, steps=2, **call), wanted)
+    assert not torch.equal(wanted, plain)
+    with diffctrl.apply(stock, SoftPAGAttnProcessor("L0", w=2.0, kind="uniform", mode="sequential")):
+        wanted = generate(stock, steps=2, **call)
+    heard = {"heads": "L0", "w": 2.0, "kind": "uniform", "mode": "sequential"}
+    assert torch.equal(generate(guided, steps=2, **heard, **call), wanted)
+
+
+@pytest.mark.parametrize(("ready", "make", "call"), READY)
+def test_signature_names_the_stock_arguments_and_the_settings(ready, make, call):
+    parameters = inspect.signature(ready.__call__).parameters
+    stock = list(inspect.signature(ready.stock_class.__call__).parameters)
+    assert [name for name in parameters if name not in SETTINGS] == stock
+    assert [name for name in parameters if name in SETTINGS] == SETTINGS
+    assert not set(stock) & set(SETTINGS)
+    assert parameters["w"].default == (8.0 if ready is FluxSoftPAGPipeline else 3.0)
 
 
 def _attention(pipe):

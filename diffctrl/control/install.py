@@ -56,6 +56,7 @@ class _Attachment:
         self.sites: list[Site] = self.family.sites(model)
         self.context = Context(name, {site.name: site for site in self.sites})
         self._hook = ContextHook(self.family, self.sites, self.context, pipe, scheduler, batch_layout)
+        self._bound: list[tuple[Site, Any]] = []
         self._installed: list[tuple[Site, Any]] = []
 
     def open(self) -> None:
@@ -74,8 +75,24 @@ class _Attachment:
             bound.controls = tuple(acting)
             for attribute in ("_attention_backend", "_parallel_config"):
                 setattr(bound, attribute, getattr(site.stock, attribute, None))
+            self._bound.append((site, bound))
+        self._put_on()
+
+    def _put_on(self) -> None:
+        for site, bound in self._bound:
             self._installed.append((site, site.module.processor))
             site.module.processor = site.installed = bound
+
+    def reopen(self) -> None:
+        """Put the same processor objects on again after `close`: compiled blocks keep their graphs."""
+        for site in self.sites:
+            if site.module.processor is not site.stock:
+                raise RuntimeError(
+                    f"{site.name} of {self.name} carries another {type(site.module.processor).__name__} than "
+                    "when the control was made; `diffctrl.apply` again for a new one"
+                )
+        self.open()
+        self._put_on()
 
     def close(self) -> None:
         for site, previous in self._installed:
@@ -113,6 +130,25 @@ class ControlHandle:
         self._open = False
         for attachment in self._attachments:
             attachment.close()
+
+    def resume(self) -> None:
+        """Put a removed control on again, with the same processor objects.
+
+        Raises:
+            RuntimeError: it is on, or the model has got other processors or another control meanwhile.
+        """
+        if self._open:
+            raise RuntimeError("this control is on; `remove()` takes it off")
+        for attachment in self._attachments:
+            if any(hasattr(module, _SITE) for module in attachment.model.modules()):
+                raise RuntimeError(f"{attachment.name} is under another control; `.remove()` that one first")
+        self._open = True
+        for attachment in self._attachments:
+            try:
+                attachment.reopen()
+            except BaseException:
+                self.remove()
+                raise
 
     @property
     def contexts(self) -> dict[str, Context]:
@@ -175,8 +211,9 @@ def apply(
         target: a diffusers pipeline or a bare transformer or UNet.
         processors: one processor of `diffctrl.processors`, or a list whose controls are composed in order.
         scheduler: where the step index is read; a pipeline's own by default.
-        batch_layout: what the batch rows are: "cond", "uncond" or "uncond_cond"; read off the pipeline by
-            default, "cond" for a bare model.
+        batch_layout: what the batch rows are: "cond", "uncond", "uncond_cond", or "perturbed" for the twins
+            of a guidance that is computed elsewhere; read off the pipeline by default, "cond" for a bare
+            model.
 
     Returns:
         A handle with `stats()` and `remove()`, which is also a context manager.
