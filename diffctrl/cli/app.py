@@ -9,6 +9,7 @@ import typer
 from diffctrl import __version__
 from diffctrl.cli.doctor import doctor
 from diffctrl.cli.generate import generate
+from diffctrl.cli.headhunt import headhunt
 from diffctrl.cli.info import info
 
 app = typer.Typer(
@@ -37,5 +38,6 @@ def _root(
 
 
 app.command()(generate)
+app.command()(headhunt)
 app.command()(info)
 app.command()(doctor)

@@ -1,0 +1,196 @@
+"""SoftPAG for a search: every perturbed twin of a batch has a head set of its own.
+
+This is what lets HeadHunter score many candidates in one batch (saving a of its specification, 3.4), and run
+the conditional prediction that they share once (saving c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffctrl.control import Context, ControlHandle, Published, Rows, apply
+from diffctrl.control.install import denoisers
+from diffctrl.control.twin import prediction_of, with_prediction
+from diffctrl.families import Site, family_of
+from diffctrl.processors.softpag import SoftPAGAttnProcessor
+from diffctrl.softpag import Head, SoftPAGConfig
+from diffctrl.softpag.headhunt.universe import Universe
+
+
+@dataclass(slots=True, eq=False)
+class Candidates:
+    """Which heads each conditional row's twin perturbs, in the batch that runs; set before it is sampled.
+
+    Attributes:
+        sets: one head set for each conditional row.
+        alike: whether all rows still hold the same latents and prompt, so that one stands for all of them.
+            True until the first perturbed forward of a batch.
+        block_calls, block_rows: attention blocks that ran, and the batch rows that went through them.
+    """
+
+    sets: tuple[tuple[Head, ...], ...] = ()
+    alike: bool = False
+    block_calls: int = 0
+    block_rows: int = 0
+
+    def begin(self, sets: Sequence[Sequence[Head]], *, alike: bool = True) -> None:
+        """A new batch."""
+        self.sets, self.alike = tuple(tuple(each) for each in sets), alike
+
+
+class CandidateSoftPAGAttnProcessor(SoftPAGAttnProcessor):
+    """`SoftPAGAttnProcessor` whose heads come per batch row from `candidates`, outside of the processor.
+
+    Args:
+        universe: of the model.
+        candidates: what the running batch perturbs.
+        config: u, w, scope and kind; its heads are not read.
+    """
+
+    def __init__(self, universe: Universe, candidates: Candidates, config: SoftPAGConfig) -> None:
+        super().__init__(config=config)
+        self._universe, self._candidates = universe, candidates
+
+    def describe(self) -> str:
+        return f"headhunt({len(self._universe.heads)} heads, u={self.config.u:g}, w={self.config.w:g})"
+
+    def select(self, sites: Sequence[Site]) -> list[Site]:
+        named = {name for name, _ in self._universe.places.values()}
+        return [site for site in sites if site.name in named]
+
+    def prepare(self, context: Context, previous: Published | None) -> Published | None:
+        rows, info = context.rows, context.info
+        if rows is None or info is None or rows.perturbed[0] == rows.perturbed[1]:
+            return None
+        sets = self._candidates.sets
+        twins = rows.perturbed[1] - rows.perturbed[0]
+        if len(sets) != twins:
+            raise RuntimeError(
+                f"the batch has {twins} conditional rows, but {len(sets)} head sets were given"
+            )
+        first = len(_leaders(rows)) if self._candidates.alike else rows.perturbed[0]
+        key = (sets, first, info.device)
+        if previous is not None and previous.key == key:
+            return previous
+        weights: dict[str, Tensor] = {}
+        for row, heads in enumerate(sets):
+            for head in heads:
+                name, index = self._universe.places[head]
+                if name not in weights:
+                    weights[name] = torch.zeros(first + twins, context.sites[name].heads)
+                weights[name][first + row, index] = self.config.u
+        return Published(key, {name: weight.to(info.device) for name, weight in weights.items()})
+
+
+def _leaders(rows: Rows) -> tuple[int, ...]:
+    """The rows that stand for all others while they are alike: one unconditional, one conditional."""
+    return tuple(start for start, stop in (rows.uncond, rows.cond) if start < stop)
+
+
+def take_rows(value: Any, total: int, index: Tensor) -> Any:
+    """Some rows of every batched tensor in a nest of lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return value if value.ndim == 0 or value.shape[0] != total else value[index.to(value.device)]
+    if isinstance(value, (list, tuple)):
+        return type(value)(take_rows(item, total, index) for item in value)
+    if isinstance(value, dict):
+        return {name: take_rows(item, total, index) for name, item in value.items()}
+    return value
+
+
+class _SharedFirst:
+    """Runs the rows that are alike once: in the first perturbed forward of a batch.
+
+    Its hooks lie inside of the context's: the batch has its twins when it is cut, and is whole again before
+    the guidance is made.
+    """
+
+    def __init__(self, context: Context, candidates: Candidates, family: Any) -> None:
+        self._context, self._candidates, self._family = context, candidates, family
+        self._restore: list[int] | None = None
+
+    def before(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        rows = self._context.rows
+        if rows is None or rows.perturbed[0] == rows.perturbed[1] or not self._candidates.alike:
+            return None
+        self._candidates.alike = False
+        leaders = _leaders(rows)
+        index = torch.tensor([*leaders, *range(*rows.perturbed)])
+        for name in self._family.batched:
+            if name in kwargs:
+                _check_alike(name, kwargs[name], rows)
+                kwargs[name] = take_rows(kwargs[name], rows.total, index)
+        for name in self._family.grouped:
+            if kwargs.get(name) is not None:
+                grouped = kwargs[name].unflatten(0, (rows.total, -1))
+                kwargs[name] = take_rows(grouped, rows.total, index).flatten(0, 1)
+        spread: list[int] = []
+        for place, (start, stop) in enumerate(r for r in (rows.uncond, rows.cond) if r[0] < r[1]):
+            spread += [place] * (stop - start)
+        self._restore = [*spread, *range(len(leaders), len(index))]
+        return args, kwargs
+
+    def after(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        if self._restore is None:
+            return None
+        prediction = prediction_of(output)
+        whole = prediction[torch.tensor(self._restore, device=prediction.device)]
+        self._restore = None
+        return with_prediction(output, whole)
+
+
+def _check_alike(name: str, value: Any, rows: Rows) -> None:
+    """Refuse a batch whose conditional rows differ: one could not stand for the others."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != rows.total:
+        return
+    for start, stop in (rows.uncond, rows.cond):
+        if stop - start > 1 and not torch.equal(value[start:stop], value[start].expand_as(value[start:stop])):
+            raise RuntimeError(f"{name}: the rows of a batch of candidates start from different values")
+
+
+@contextmanager
+def hunting(
+    target: Any, universe: Universe, candidates: Candidates, config: SoftPAGConfig
+) -> Iterator[ControlHandle]:
+    """Put the candidate processor on a pipeline for the length of a search, and count its blocks."""
+    (model,) = denoisers(target).values()
+    family = family_of(model)
+    with apply(target, CandidateSoftPAGAttnProcessor(universe, candidates, config)) as control:
+        (context,) = control.contexts.values()
+        shared = _SharedFirst(context, candidates, family)
+        before: Any = torch.compiler.disable(shared.before)
+        after: Any = torch.compiler.disable(shared.after)
+        handles: list[Any] = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, prepend=True),
+        ]
+        counted = {name for name, site in context.sites.items() if site.stack in family.stacks}
+        handles += [
+            context.sites[name].module.register_forward_pre_hook(_counter(candidates), with_kwargs=True)
+            for name in counted & {name for name, _ in universe.places.values()}
+        ]
+        try:
+            yield control
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _counter(candidates: Candidates) -> Any:
+    def count(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        candidates.block_calls += 1
+        candidates.block_rows += states.shape[0]
+
+    return torch.compiler.disable(count)
+
+
+__all__ = ["CandidateSoftPAGAttnProcessor", "Candidates", "hunting", "take_rows"]
