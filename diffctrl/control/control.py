@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffctrl.attention import BlockLists
 from diffctrl.control.context import Context
-from diffctrl.families.base import Call, Family, Site
+from diffctrl.families.base import ADAPTER, Call, Family, Site
 
 
 class Guidance(Protocol):
@@ -142,6 +142,12 @@ def check_control(control: Control, family: Family, sites: Sequence[Site]) -> No
         raise TypeError(
             f"{control.method} does not support {family.title}; it supports {', '.join(control.families)}"
         )
+    for site in control.select(sites):
+        if site.route is ADAPTER:
+            raise TypeError(
+                f"{control.method} acts on {site.name}, which runs {type(site.stock).__name__}; unload the "
+                "adapter, or use a method that leaves cross-attention alone"
+            )
     control.check(sites)
 
 

@@ -81,6 +81,14 @@ class Route:
     rotary: str = "image_rotary_emb"
 
 
+def _cannot(*_: Any) -> Any:
+    raise RuntimeError("this attention is run by a processor that no control may replace")
+
+
+# Of attention that keeps the processor of an adapter: no control may act there.
+ADAPTER = Route(_cannot, _cannot)
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What a model hands to an attention processor: the union over the stock processors, by their names.
@@ -205,6 +213,10 @@ class Family(ABC):
     def routes(self) -> Mapping[tuple[type, type], Route]:
         """(attention module class, stock processor class) -> route. Looked up by the exact classes."""
 
+    def adapters(self) -> frozenset[type]:
+        """Processors of adapters that may stay on cross-attention, where they are left as they are."""
+        return frozenset()
+
     @abstractmethod
     def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
         """Where the attention module with this path stands."""
@@ -245,6 +257,9 @@ class Family(ABC):
         for name, module in self.attention_modules(model):
             stock = module.processor
             route = routes.get((type(module), type(stock)))
+            place = self.place(model, name, module)
+            if route is None and place.kind == "cross" and type(stock) in self.adapters():
+                route = ADAPTER
             if route is None:
                 known = sorted({processor.__name__ for _, processor in routes})
                 raise TypeError(
@@ -252,7 +267,6 @@ class Family(ABC):
                     f"family '{self.name}' cannot take apart; it knows {', '.join(known)}. Restore the stock "
                     f"processors first (e.g. `model.set_default_attn_processor()` or unload the adapter)."
                 )
-            place = self.place(model, name, module)
             counted = counts.get((place.kind, place.stack), 0)
             counts[place.kind, place.stack] = counted + 1
             layer = counted if place.layer is None else place.layer

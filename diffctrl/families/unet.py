@@ -10,6 +10,8 @@ from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
 )
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
@@ -49,6 +51,9 @@ class UNetFamily(Family):
             (Attention, FusedAttnProcessor2_0): PLAIN_FUSED,
             (Attention, AttnProcessor): PLAIN_EXPLICIT,
         }
+
+    def adapters(self) -> frozenset[type]:
+        return frozenset({IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0})
 
     def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
         side, index, _ = name.split(".", 2)

@@ -18,7 +18,7 @@ from diffctrl.control import Context, Contributions, Published
 from diffctrl.families import Call, Site
 from diffctrl.processors import ControlAttnProcessor, SoftPAGAttnProcessor, SoftPAGConfig
 from diffctrl.softpag.reference import perturbed_output
-from tests.helpers import CASES, build, example, rows_of, run, shared
+from tests.helpers import CASES, build, example, flux_ids, rows_of, run, shared
 from tests.softpag.test_targets import SETTINGS
 
 torch.set_num_threads(1)
@@ -103,6 +103,27 @@ def test_rows_of_a_batch_do_not_see_each_other(name: str, target: str) -> None:
         together = run(model, inputs)
         alone = [run(model, rows_of(inputs, row)) for row in (0, 1)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["identity", "image-block", "blur", "mean-query-txt"])
+def test_sizes_come_from_the_tensors(target: str) -> None:
+    """Five text tokens and a latent of 8 x 12."""
+    generator = torch.Generator().manual_seed(4)
+    sd3, flux = example("sd3"), example("flux")
+    sd3["hidden_states"] = torch.randn(2, 4, 8, 12, generator=generator)
+    flux["hidden_states"], flux["img_ids"] = torch.randn(2, 24, 8, generator=generator), flux_ids(4, 6)
+    flux["txt_ids"] = torch.zeros(5, 3)
+    for name, inputs, image in (("sd3", sd3, (0, 24)), ("flux", flux, (5, 29))):
+        inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :5]
+        processor = Watched("L1", **SETTINGS[target])
+        with diffctrl.apply(shared(name), processor):
+            run(shared(name), inputs)
+        ((_, call, before, after),) = processor.taken.values()
+        assert (call.image.start, call.image.stop) == image
+        changed = (before != after)[2:].any(-1).any(-1).any(0)
+        inside = torch.zeros(29, dtype=torch.bool)
+        inside[slice(*image) if target != "identity" else slice(None)] = True
+        assert torch.equal(changed, inside)
 
 
 def test_heads_have_strengths_of_their_own() -> None:

@@ -325,12 +325,13 @@ def test_strength_and_scale_are_two_things() -> None:
     assert cosine < 0.9999
 
 
-def test_the_blend_is_the_same_under_another_backend_and_never_missing() -> None:
+@pytest.mark.parametrize("backend", ["_native_math", "flex"])
+def test_the_blend_is_the_same_under_another_backend_and_never_missing(backend: str) -> None:
     model, inputs = shared("flux"), example("flux")
     stock = run(model, inputs)
     with diffctrl.apply(model, SoftPAGAttnProcessor(u=0.7)):
         native = run(model, inputs)
-        with attention_backend("_native_math"):
+        with attention_backend(backend):
             other = run(model, inputs)
     assert not torch.equal(native, stock)
     torch.testing.assert_close(native, other, rtol=1e-4, atol=1e-5)
