@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from diffctrl.control import Context, ControlHandle, Published, Rows, apply
 from diffctrl.control.install import denoisers
+from diffctrl.control.prefix import map_kept
 from diffctrl.control.twin import prediction_of, with_prediction
-from diffctrl.families import Site, family_of
+from diffctrl.families import ForwardInfo, Site, family_of
 from diffctrl.processors.softpag import SoftPAGAttnProcessor
 from diffctrl.softpag import Head, SoftPAGConfig
 from diffctrl.softpag.headhunt.universe import Universe
@@ -60,8 +61,16 @@ class CandidateSoftPAGAttnProcessor(SoftPAGAttnProcessor):
     def describe(self) -> str:
         return f"headhunt({len(self._universe.heads)} heads, u={self.config.u:g}, w={self.config.w:g})"
 
+    def check(self, sites: Sequence[Site]) -> None:
+        # The base resolves `config.heads`, which is not read here, but its rules on settings hold.
+        super().check(sites)
+        if self.config.query_mean == "txt" and any(head.stack is not None for head in self._universe.heads):
+            raise ValueError("query_mean='txt' needs text tokens among the queries of every stack; use 'img'")
+
     def select(self, sites: Sequence[Site]) -> list[Site]:
-        named = {name for name, _ in self._universe.places.values()}
+        """Every site of the universe; while a batch runs, those that it perturbs (where a prefix ends)."""
+        heads = [head for each in self._candidates.sets for head in each] or self._universe.heads
+        named = {self._universe.places[head][0] for head in heads}
         return [site for site in sites if site.name in named]
 
     def prepare(self, context: Context, previous: Published | None) -> Published | None:
@@ -83,9 +92,16 @@ class CandidateSoftPAGAttnProcessor(SoftPAGAttnProcessor):
             for head in heads:
                 name, index = self._universe.places[head]
                 if name not in weights:
-                    weights[name] = torch.zeros(first + twins, context.sites[name].heads)
-                weights[name][first + row, index] = self.config.u
-        return Published(key, {name: weight.to(info.device) for name, weight in weights.items()})
+                    weights[name] = torch.zeros(twins, context.sites[name].heads)
+                weights[name][row, index] = self.config.u
+        return Published(key, {name: self._made(weight, first, info) for name, weight in weights.items()})
+
+    def _made(self, weight: Tensor, first: int, info: ForwardInfo) -> Any:
+        """What the base reads at a site, from (twins, H): the rows before the twins stay as they are."""
+        if self._plain:
+            return torch.cat([weight.new_zeros(first, weight.shape[1]), weight]).to(info.device)
+        heads = weight.any(0).nonzero()[:, 0]
+        return weight[:, heads].to(info.device), heads.to(info.device)
 
 
 def _leaders(rows: Rows) -> tuple[int, ...]:
@@ -105,46 +121,53 @@ def take_rows(value: Any, total: int, index: Tensor) -> Any:
 
 
 class _SharedFirst:
-    """Runs the rows that are alike once: in the first perturbed forward of a batch.
+    """Runs the rows that are alike once: up to and in the first perturbed forward of a batch.
 
     Its hooks lie inside of the context's: the batch has its twins when it is cut, and is whole again before
-    the guidance is made.
+    the guidance is made. A twin that runs as a forward of its own follows the conditional one, whole.
     """
 
     def __init__(self, context: Context, candidates: Candidates, family: Any) -> None:
         self._context, self._candidates, self._family = context, candidates, family
-        self._restore: list[int] | None = None
+        self._restore: Tensor | None = None
 
     def before(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        rows = self._context.rows
-        if rows is None or rows.perturbed[0] == rows.perturbed[1] or not self._candidates.alike:
+        rows, family = self._context.rows, self._family
+        self._restore = None
+        if rows is None or not self._candidates.alike:
             return None
-        self._candidates.alike = False
+        twins = range(*rows.perturbed)
+        self._candidates.alike = not twins
         leaders = _leaders(rows)
-        index = torch.tensor([*leaders, *range(*rows.perturbed)])
-        for name in self._family.batched:
-            if name in kwargs:
-                _check_alike(name, kwargs[name], rows)
-                kwargs[name] = take_rows(kwargs[name], rows.total, index)
-        for name in self._family.grouped:
-            if kwargs.get(name) is not None:
-                grouped = kwargs[name].unflatten(0, (rows.total, -1))
-                kwargs[name] = take_rows(grouped, rows.total, index).flatten(0, 1)
+        call = family.bind(model, args, kwargs)
+        if not leaders or family.auxiliary(call):
+            return None
+        index = torch.tensor([*leaders, *twins])
+        for name in family.batched:
+            if name in call:
+                _check_alike(name, call[name], rows)
+                call[name] = take_rows(call[name], rows.total, index)
+        for name in family.grouped:
+            if call.get(name) is not None:
+                grouped = call[name].unflatten(0, (rows.total, -1))
+                call[name] = take_rows(grouped, rows.total, index).flatten(0, 1)
         spread: list[int] = []
         for place, (start, stop) in enumerate(r for r in (rows.uncond, rows.cond) if r[0] < r[1]):
             spread += [place] * (stop - start)
-        self._restore = [*spread, *range(len(leaders), len(index))]
-        return args, kwargs
+        self._restore = torch.tensor([*spread, *range(len(leaders), len(index))])
+        return (), call
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        if self._restore is None:
+        restore = self._restore
+        if restore is None:
             return None
-        prediction = prediction_of(output)
-        whole = prediction[torch.tensor(self._restore, device=prediction.device)]
         self._restore = None
-        return with_prediction(output, whole)
+        ran = int(restore.max()) + 1
+        if ran < len(restore):  # a twin that starts at a later block reads what all rows had before it
+            map_kept(model, lambda value: take_rows(value, ran, restore))
+        return with_prediction(output, take_rows(prediction_of(output), ran, restore))
 
 
 def _check_alike(name: str, value: Any, rows: Rows) -> None:
@@ -180,6 +203,7 @@ def hunting(
         try:
             yield control
         finally:
+            candidates.sets = ()
             for handle in handles:
                 handle.remove()
 

@@ -125,8 +125,8 @@ def _hunt(plan: HuntPlan, workers: int, out: Path, log: Path, report: Path) -> N
         if engine.main:
             say_error(
                 f"{plan.config.rounds} round(s), {len(universe.heads)} heads, {len(plan.pairs)} pairs: "
-                f"{planned.images:,} pictures, {planned.forwards:,} forwards of one row "
-                f"({planned.naive_forwards:,} one by one); {jobs.loaded:,} jobs in {log}"
+                f"{planned.images:,} pictures, at most {planned.forwards:,} forwards of one "
+                f"row ({planned.naive_forwards:,} one by one); {jobs.loaded:,} jobs in {log}"
             )
         with _progress(plan, engine.main) as on_progress:
             search = Search(

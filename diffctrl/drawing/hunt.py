@@ -58,7 +58,6 @@ class PipelineSampler:
         self._encode = encode or _encoder(pipe, config, self._call)
         self._encoded: dict[str, Mapping[str, Any]] = {}
         self.candidates = Candidates()
-        self._alike = config.mode == "batched"
         self._stack = ExitStack()
         vae: Any = getattr(pipe, "vae", None)
         if hasattr(vae, "use_slicing"):  # decoding a whole batch at once takes more memory than sampling it
@@ -75,7 +74,7 @@ class PipelineSampler:
         """One picture per set of perturbed heads, from the same prompt and noise."""
         if pair.prompt not in self._encoded:
             self._encoded = {pair.prompt: self._encode(pair.prompt)}  # units come pair by pair
-        self.candidates.begin(sets, alike=self._alike)
+        self.candidates.begin(sets)
         batch = len(sets)
         arguments = {name: _repeated(value, batch) for name, value in self._encoded[pair.prompt].items()}
         # On the CPU whatever the device, one generator per row: a seed means the same noise in any batch.

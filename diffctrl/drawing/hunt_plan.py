@@ -153,7 +153,7 @@ def make(request: HuntRequest) -> HuntPlan:
     scale = request.guidance_scale
     if scale is None:  # no guidance by default, as published: 0 is off where the scale is an input
         scale = 0.0 if source.kind.family == "flux" else 1.0
-    config = _config(request, parsed, scale)
+    config = _config(request, parsed, scale, _mode(request, source, parsed))
     drawing = planning.make(
         planning.Request(
             prompt=texts[0],
@@ -194,14 +194,24 @@ def make(request: HuntRequest) -> HuntPlan:
     return plan
 
 
-def _config(request: HuntRequest, parsed: SoftPAGConfig, scale: float) -> HuntConfig:
+def _mode(request: HuntRequest, source: ModelSource, parsed: SoftPAGConfig) -> str:
+    """How twins run: from their first perturbed block on where the model allows it, or as asked."""
+    from diffctrl.families import load_family
+
+    if "mode" in dict(request.settings):
+        return parsed.mode
+    family = load_family(source.components()[source.kind.denoiser])
+    return "prefix" if family.chains else "batched"
+
+
+def _config(request: HuntRequest, parsed: SoftPAGConfig, scale: float, mode: str) -> HuntConfig:
     own = {each.name for each in fields(HuntConfig)}
     given = {each.name: getattr(parsed, each.name) for each in fields(parsed) if each.name != "heads"}
     defaults = SoftPAGConfig()
     options = {
         name: value for name, value in given.items() if name not in own and value != getattr(defaults, name)
     }
-    named = {name: value for name, value in given.items() if name in own}
+    named = {name: value for name, value in given.items() if name in own} | {"mode": mode}
     try:
         return HuntConfig(**named, options=options, guidance_scale=scale, **request.config)
     except ValueError as error:

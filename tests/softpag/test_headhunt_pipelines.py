@@ -43,7 +43,8 @@ def _loop(pipe, encode, pair, sets, config):
         if not heads:
             found.append(pipe(**arguments)[0][0])
             continue
-        with diffctrl.apply(pipe, SoftPAGAttnProcessor(heads, u=config.u, w=config.w, scope=config.scope)):
+        settings = {**config.settings(), "mode": "batched"}
+        with diffctrl.apply(pipe, SoftPAGAttnProcessor(heads, **settings)):
             found.append(pipe(**arguments)[0][0])
     return torch.stack(found)
 
@@ -87,6 +88,48 @@ def test_a_batch_of_candidates_equals_the_loop(name, settings):
     assert counts.block_calls == 2 * blocks * 4
     naive = 4 * len(sets) * (2 + cfg) * blocks
     print(f"{name}: {blocks * 4} block calls of {blocks * rows} rows in all; one by one {naive} rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sd3", {"kind": "uniform"}),
+        ("sd3.5", {"kind": "temperature", "options": {"temperature": 0.5}}),
+        ("flux", {"scope": "image_block", "guidance_scale": 0.0}),
+        ("sd3", {"mode": "sequential", "guidance_scale": 3.0}),
+        ("flux", {"mode": "prefix", "guidance_scale": 0.0}),
+        ("sd3.5", {"mode": "prefix", "guidance_scale": 3.0}),
+        ("sd3", {"options": {"start_fraction": 0.5}}),
+        ("sd3", {"mode": "prefix", "options": {"start_fraction": 0.5, "stop_fraction": 0.75}}),
+        ("sd3.5", {"mode": "prefix", "kind": "mean_query"}),
+    ],
+)
+def test_every_target_and_mode_can_be_searched(name, settings):
+    pipe, config = PIPELINES[name](), HuntConfig(**settings)
+    encode, pair = _encoder(pipe, config.guidance_scale > 1), Pair("x", 5)
+    heads = Universe.of(pipe).heads
+    for sets in ([(heads[2],), (heads[3],), (), (heads[2], heads[3])], [(heads[0],), (heads[-1],)], [()]):
+        expected = _loop(pipe, encode, pair, sets, config)
+        sampler = PipelineSampler(pipe, config, CALL, encode=encode, output_type="latent")
+        found = sampler.sample(pair, sets)
+        sampler.close()
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_prefixes_are_not_computed_twice(name):
+    pipe = PIPELINES[name]()
+    encode, universe = _encoder(pipe, False), Universe.of(pipe)
+    for layer in range(universe.layers):
+        sets = [(head,) for head in universe.heads if head.layer == layer]
+        config = HuntConfig(mode="prefix", guidance_scale=0.0)
+        sampler = PipelineSampler(pipe, config, CALL, encode=encode, output_type="latent")
+        sampler.sample(Pair("x", 1), sets)
+        sampler.close()
+        # The first conditional prediction is shared, and perturbed passes start at their block.
+        rows = len(sets) * 4 * (2 * universe.layers - layer) - (len(sets) - 1) * universe.layers
+        assert sampler.candidates.block_rows == rows
+        print(f"{name} L{layer}: {rows} block rows, {len(sets) * 4 * 2 * universe.layers} one by one")
 
 
 def test_rows_that_start_apart_are_noticed():

@@ -27,7 +27,8 @@ class Cost:
 
     Attributes:
         images: pictures.
-        forwards: rows through the denoiser, shared first steps counted once.
+        forwards: rows through the denoiser, shared first steps counted once; with mode "prefix" the perturbed
+            half of them is shorter, as far as the first perturbed block is deep.
         naive_forwards: rows when each picture is sampled alone.
     """
 
