@@ -65,6 +65,7 @@ def test_strengths_of_single_heads(headset, tmp_path):
     first = headset.heads[0]
     changed = headset.with_weights({first: 0.25, str(headset.heads[1]): 0.5})
     assert list(changed.weights().values())[:3] == [0.25, 0.5, None]
+    assert [head.u for head in SoftPAGAttnProcessor(changed, u=0.75).config.heads][:3] == [0.25, 0.5, None]
     changed.save(tmp_path / "heads.json")
     assert HeadSet.load(tmp_path / "heads.json") == changed
     assert changed.with_weights({first: None, headset.heads[1]: None}) == headset
