@@ -106,8 +106,13 @@ class PlanFactory:
     plan: HuntPlan
 
     def __call__(self, worker: int) -> Evaluator:
+        from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
+
         from diffctrl.drawing.hunt import PipelineFactory
 
+        logging.disable_progress_bar()  # a worker's bars would run through the search's own
+        transformers_logging.disable_progress_bar()
         plan = self.plan
         pipe = plan.load(worker)
         return PipelineFactory(pipe, plan.goal(worker), plan.config, plan.call)(worker)
