@@ -57,3 +57,9 @@ def test_a_method_config_comes_back_from_plain_values():
     plain = settings.as_plain(config)
     assert plain["heads"] == "L3H1,attn2:L0"
     assert settings.parse(SoftPAGConfig, plain, of="softpag") == config
+
+
+def test_infinity_survives_json():
+    plain = settings.as_plain(Config(share=float("inf")))
+    assert plain["share"] == "inf"
+    assert settings.parse(Config, plain, of="test") == Config(share=float("inf"))
