@@ -14,6 +14,7 @@ from .regions import grow, shrink
 from .templates import Match, character_bank, located, overlaps
 
 Array = np.ndarray
+LOBES_FROM = -0.12
 
 
 def match_figure(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) -> Match:
@@ -38,6 +39,8 @@ def read_figure(pixels: Pixels, region: Array, colours: list[int], match: Match)
     body, hat, action = match.names
     x, y = match.frame(*region.shape)
     x, y = torch.from_numpy(x), torch.from_numpy(y)
+    if body in ("round", "bumpy") and (lobes := _lobes(region, match, x, y)) is not None:
+        body = "bumpy" if lobes > LOBES_FROM else "round"
     which = BODIES.index(body)
     hat_area = sdf.hat_distances(x, y - sdf.HAT_LINE[which])[HATS.index(hat)].numpy() * match.radius
     eyes = (
@@ -49,7 +52,8 @@ def read_figure(pixels: Pixels, region: Array, colours: list[int], match: Match)
     striped = float(pixels.white[skin].sum()) / total / 0.10
     dotted = float(pixels.black[skin].sum()) / total / 0.05
     pattern = 0 if max(striped, dotted) < 1 else 1 if striped > dotted else 2
-    awake = float(pixels.white[eyes < -0.6].mean()) > 0.22
+    whites = eyes < -0.6
+    awake = bool(whites.any()) and float(pixels.white[whites].mean()) > 0.22
     facts = ObjectFacts(
         colour=COLOURS[colours[0]],
         pattern=PATTERNS[pattern],
@@ -60,3 +64,22 @@ def read_figure(pixels: Pixels, region: Array, colours: list[int], match: Match)
         action=action,
     )
     return Instance(facts=facts, x=match.x, y=match.y, radius=match.radius, likeness=match.iou)
+
+
+def _lobes(region: Array, match: Match, x: torch.Tensor, y: torch.Tensor) -> float | None:
+    """How a silhouette fills the pixels in which a round and a bumpy body differ: -1 as round, 1 as bumpy.
+
+    On small, blurred pictures whole silhouettes differ too little. None where limbs and hat hide them.
+    """
+    body, hat, action = match.names
+    bodies = sdf.body_distances(x, y)
+    disc, lobed = (bodies[BODIES.index(name)] for name in ("round", "bumpy"))
+    limbs = sdf.limb_distance(x, y, torch.tensor(action == "jumps"))
+    hats = sdf.hat_distances(x, y - sdf.HAT_LINE[BODIES.index(body)])[HATS.index(hat)]
+    clear = (torch.minimum(limbs, hats) > 1.2 / match.radius).numpy()
+    cover = [(0.5 - distance.numpy() * match.radius).clip(0, 1) for distance in (disc, lobed)]
+    change = (cover[1] - cover[0]) * clear
+    total = np.abs(change).sum()
+    if total < 5:
+        return None
+    return float((change * (2 * region - cover[0] - cover[1])).sum() / np.square(change).sum())

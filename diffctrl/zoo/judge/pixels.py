@@ -10,7 +10,7 @@ from .ground import Ground
 from .regions import despeckled, filled, grow, regions
 
 Array = np.ndarray
-FOREGROUND = 0.13  # distance from the background's tones, RGB in [0, 1]
+FOREGROUND = 0.105  # distance from the background's tones, RGB in [0, 1]
 CHROMA = 0.20
 FRAME = 2  # pixels along the frame that cannot be an object: decoders leave stray ones there
 SMALLEST = 60  # pixels of a region that can be an object; the smallest object has about 200
@@ -58,12 +58,8 @@ def classify(rgb: Array, ground: Ground) -> Pixels:
     colour = np.full(value.shape, -1)
     apart = np.abs((_hue(rgb[colourful])[:, None] - _PALETTE_HUE + 3) % 6 - 3)
     colour[colourful] = apart.argmin(-1)
-    # One pixel between two colours can be a blend that looks like the background: it must not cut an object.
-    for before, after, middle in (
-        (colour[:-2], colour[2:], foreground[1:-1]),
-        (colour[:, :-2], colour[:, 2:], foreground[:, 1:-1]),
-    ):
-        middle |= (before >= 0) & (after >= 0) & (before != after)
+    _bridge(rgb, colour, foreground)
+    _bridge(rgb.transpose(1, 0, 2), colour.T, foreground.T)
     foreground[:FRAME] = foreground[-FRAME:] = False
     foreground[:, :FRAME] = foreground[:, -FRAME:] = False
     saturation = (value - low) / np.maximum(value, 1e-3)
@@ -78,6 +74,30 @@ def classify(rgb: Array, ground: Ground) -> Pixels:
         ink=white if dark else (value < 0.36) & (value - low < 0.13),
         value=value,
     )
+
+
+def _bridge(rgb: Array, colour: Array, foreground: Array) -> None:
+    """Add to `foreground`, in place, one or two pixels of a column between two colours if they blend these.
+
+    A blend can look like the background (yellow and blue on gray): it must not cut an object.
+    """
+    for gap in (1, 2):
+        top, left = np.nonzero(
+            (colour[: -gap - 1] >= 0) & (colour[gap + 1 :] >= 0) & (colour[: -gap - 1] != colour[gap + 1 :])
+        )
+        ends = [rgb[top, left], rgb[top + gap + 1, left]]
+        blends = [_on_segment(rgb[top + step, left], *ends) for step in range(1, gap + 1)]
+        whole = np.logical_and.reduce(blends)
+        for step in range(1, gap + 1):
+            foreground[top[whole] + step, left[whole]] = True
+
+
+def _on_segment(rgb: Array, first: Array, second: Array) -> Array:
+    """Which colours (P, 3) lie near the segments between two others, each (P, 3) or (3,)."""
+    span = second - first
+    length = np.maximum((span * span).sum(-1), 1e-6)
+    part = (((rgb - first) * span).sum(-1) / length).clip(0, 1)
+    return np.linalg.norm(rgb - first - part[..., None] * span, axis=-1) < 0.10
 
 
 def objects_in(pixels: Pixels) -> list[Array]:
@@ -112,7 +132,5 @@ def _blended(rgb: Array, anchors: list[Array]) -> bool:
     near = np.zeros(len(rgb), dtype=bool)
     for first in range(len(anchors)):
         for second in range(first + 1, len(anchors)):
-            span = anchors[second] - anchors[first]
-            part = ((rgb - anchors[first]) @ span / max(float(span @ span), 1e-6)).clip(0, 1)
-            near |= np.linalg.norm(rgb - anchors[first] - part[:, None] * span, axis=-1) < 0.10
+            near |= _on_segment(rgb, anchors[first], anchors[second])
     return near.mean() > 0.6

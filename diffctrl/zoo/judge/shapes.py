@@ -128,7 +128,7 @@ def split(pixels: Pixels, region: Array, found: Outlines) -> list[Part]:
         Part(
             colour=found.colours[1],
             match=hidden,
-            free=~grow(front, 2),
+            free=~grow(front, margin),
             clear=~grow(front, margin + 2),
             inner=found.inked,
             behind=True,
