@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ class Outlines:
     """The one or two colours of a region and the filled silhouette of each, with its match; the front one
     first.
 
-    `seen` are the pixels of each, (H, W) bool; where the region is `inked`, without any outline.
+    `seen` are the pixels of each, (H, W) bool; where the region is `inked`, without any outline. It is
+    `doubtful` which of the two is in front where both look nearly whole.
     """
 
     colours: list[int]
@@ -51,6 +53,17 @@ class Outlines:
     matches: list[Match]
     seen: list[Array]
     inked: bool = False
+    doubtful: bool = False
+
+    def turned(self) -> Self:
+        """The same with the other one in front."""
+        return replace(
+            self,
+            colours=self.colours[::-1],
+            masks=self.masks[::-1],
+            matches=self.matches[::-1],
+            seen=self.seen[::-1],
+        )
 
     @property
     def likeness(self) -> float:
@@ -80,11 +93,11 @@ def outlines(pixels: Pixels, ground: Ground, region: Array, colours: list[int]) 
     matches = [_outer(mask) for mask in masks]
     inside = [float((seen[1 - i] & masks[i]).sum() / max(seen[1 - i].sum(), 1)) for i in (0, 1)]
     # What is hidden in part fits worse; and what lies wholly inside the other one's outline lies on it.
-    second = inside[0] > 0.6 if max(inside) > 0.6 else matches[1].iou > matches[0].iou
-    step = -1 if second else 1
-    return Outlines(
-        colours=colours[::step], masks=masks[::step], matches=matches[::step], seen=seen[::step], inked=inked
-    )
+    within = max(inside) > 0.6
+    second = inside[0] > 0.6 if within else matches[1].iou > matches[0].iou
+    doubtful = not within and abs(matches[1].iou - matches[0].iou) < DOUBTFUL
+    found = Outlines(colours=colours, masks=masks, matches=matches, seen=seen, inked=inked, doubtful=doubtful)
+    return found.turned() if second else found
 
 
 def _inked(pixels: Pixels, region: Array) -> bool:
@@ -106,16 +119,27 @@ def _faded(ground: Ground, region: Array, own: Array) -> bool:
     return float(np.median(ground.distance[band]) / np.median(ground.distance[deep])) < 0.55
 
 
+def _hidden(pixels: Pixels, region: Array, found: Outlines) -> Match:
+    """Fit the shape behind, if the order is right."""
+    front = found.masks[0]
+    # Background within the region (a ring's hole, or white stripes on white) says nothing about the outline
+    # of what is behind; nor do the patterns of an outlined one.
+    unknown = shrink(region, 3) & ~found.seen[1] if found.inked else region & ~pixels.foreground
+    return fit_hidden(found.seen[1] & ~front, ~front & ~unknown)
+
+
 def split(pixels: Pixels, region: Array, found: Outlines) -> list[Part]:
     """The shapes of a region, the front one first; the one behind is fitted to what can be seen of it."""
     everywhere = np.ones_like(region)
     if len(found.colours) < 2:
         return [Part(colour=found.colours[0], match=found.matches[0], free=everywhere, clear=everywhere)]
+    hidden = _hidden(pixels, region, found)
+    if found.doubtful:
+        other = found.turned()
+        turned = _hidden(pixels, region, other)
+        if other.matches[0].iou + turned.iou > found.matches[0].iou + hidden.iou:
+            found, hidden = other, turned
     front, back = found.masks
-    # Background within the region (a ring's hole, or white stripes on white) says nothing about the outline
-    # of what is behind; nor do the patterns of an outlined one.
-    unknown = shrink(region, 3) & ~found.seen[1] if found.inked else region & ~pixels.foreground
-    hidden = fit_hidden(found.seen[1] & ~front, ~front & ~unknown)
     margin = 4 if found.inked else 2
     return [
         Part(
@@ -154,7 +178,7 @@ def decide(pixels: Pixels, ground: Ground, part: Part, front: int | None) -> Ins
     own = (pixels.colour == part.colour) & part.free
     strength = float(np.median(ground.distance[own])) if own.any() else 1.0
     shape = match.names[0]
-    if shape == "circle" and _hole(ground, own, part, strength):
+    if shape == "circle" and _hole(ground, own, part):
         shape = "ring"
     # The outer edge, whatever the shape: a ring's inner edge lies elsewhere for every style.
     edge = _distance(match, match.names[0], match.radius) - match.offset * match.radius
@@ -194,6 +218,7 @@ def decide(pixels: Pixels, ground: Ground, part: Part, front: int | None) -> Ins
 
 SIZE_FROM = 128 * (SMALL[1] + LARGE[0]) / 2
 SOFT_RAMP_FROM = 3.8
+DOUBTFUL = 0.12
 _OUTER = {"circle": 0.90, "ring": 0.94}
 
 
@@ -222,12 +247,13 @@ def _radius(match: Match, shape: str, outside: float) -> float:
     return radius * _OUTER["circle"] / _OUTER["ring"] if shape == "ring" else radius
 
 
-def _hole(ground: Ground, own: Array, part: Part, strength: float) -> bool:
+def _hole(ground: Ground, own: Array, part: Part) -> bool:
     """Whether what looks like a disc from outside has a ring's hole: none of its colour around the centre."""
     x, y = part.match.frame(128, 128)
     rho = np.hypot(x, y)
     core = part.free & (rho > 0.15) & (rho < 0.30)
-    return core.sum() >= 6 and (own & (ground.distance > 0.4 * strength))[core].mean() < 0.3
+    strength = float(np.percentile(ground.distance[own], 75)) if own.any() else 1.0
+    return core.sum() >= 6 and (own & (ground.distance > 0.5 * strength))[core].mean() < 0.3
 
 
 def _outlined(pixels: Pixels, part: Part, edge: Array) -> float:
