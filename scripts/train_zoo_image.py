@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.monotonic()
     from diffctrl.scripts.training_image_flow import FlowOptions, train_flow
     from diffctrl.scripts.training_image_loop import CaptureFailed
-    from diffctrl.scripts.training_image_pack import assemble
+    from diffctrl.scripts.training_image_pack import assemble, disassemble
     from diffctrl.scripts.training_image_vae import VaeOptions, train_vae
 
     parser = argparse.ArgumentParser(
@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     building.add_argument(
         "--metrics", type=Path, help="JSON of scripts/evaluate_zoo.py, for card and metrics.json"
     )
+    parting = commands.add_parser("disassemble", help="the reverse: what `sd3 --start-from` goes on from")
+    parting.add_argument("folder", type=Path)
+    parting.add_argument("out", type=Path)
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
@@ -65,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
             flow = FlowOptions(**options)
             if train_flow(flow, since=began) and evaluation is not None:
                 _evaluate(flow, evaluation)
+        elif command == "disassemble":
+            disassemble(options["folder"], options["out"])
         else:
             metrics = json.loads(options["metrics"].read_text()) if options["metrics"] else None
             assemble(options["pack"], options["folder"], metrics=metrics)

@@ -292,6 +292,11 @@ class FlowTraining:
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }
+        if self.options.start_from is not None:
+            _, before = read_pack(self.options.start_from)
+            facts["started_from"] = {
+                key: before.get(key) for key in ("steps", "minutes", "commit", "started_from")
+            }
         write_pack(self.averaged, self.options.pack, facts)
         say(f"averaged weights in {self.options.pack}", since=since)
 

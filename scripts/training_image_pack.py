@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffctrl.zoo.models import ImageParts, ImageSize, image_parts, image_pipeline
+from diffctrl.zoo.models import WEIGHT_NAMES, ImageParts, ImageSize, image_parts, image_pipeline
 
 from .training_image_vae import SMOKE_SIZE
 
@@ -93,12 +93,41 @@ def assemble(pack: Path, folder: Path, *, metrics: dict[str, Any] | None = None)
     (folder / "README.md").write_text(_card(facts, metrics or {}, call))
 
 
+def disassemble(folder: Path, out: Path) -> None:
+    """Turn a pipeline folder of `assemble` back into what training continues from.
+
+    Args:
+        folder: the pipeline folder, with its `metrics.json`.
+        out: gets `pack.safetensors` (for `sd3 --start-from`) and `vae.safetensors` with `vae.json` (for
+            `sd3 --vae`).
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    facts = json.loads((folder / "metrics.json").read_text())["training"]
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    parts = ImageParts(**{name: getattr(pipeline, name) for name in WEIGHT_NAMES})
+    write_pack(parts, out / "pack.safetensors", facts)
+    weights = {name: value.half().contiguous() for name, value in parts.vae.state_dict().items()}
+    save_file(weights, out / "vae.safetensors")
+    kept = ("smoke", "scaling_factor", "shift_factor", "psnr_mean_db", "psnr_5th_percentile_db")
+    stage = {"steps": facts["vae_steps"], "minutes": facts["vae_minutes"]}
+    _write_json(out / "vae.json", {name: facts[name] for name in kept} | stage)
+
+
 def _card(facts: dict[str, Any], metrics: dict[str, Any], call: dict[str, Any]) -> str:
     figures = metrics.get("figures", [])
     rows = "\n".join(
         "| {name} | {value:.1f} [{low:.1f}, {high:.1f}] {unit} | {bar} |".format(**row)
         for row in figures
         if row.get("low") is not None and row.get("bar") is not None
+    )
+    earlier = facts.get("started_from")
+    history = (
+        f"\n  It went on from weights of {earlier['steps']} steps and {earlier['minutes']:.1f} minutes."
+        if earlier
+        else ""
     )
     table = f"| figure | value [95 %] | bar |\n|---|---|---|\n{rows}\n" if rows else "Not evaluated yet.\n"
     return f"""---
@@ -114,7 +143,7 @@ measured offline, on a CPU. It knows no other pictures: a figure measured on it 
   Captions name only part of a scene; 5 % of the (colour, shape, pattern) triples were never shown.
 - Training: {facts.get("steps")} steps of {facts.get("batch")}, {float(facts.get("minutes", 0.0)):.1f} minutes
   on {facts.get("device")}, optimizer {facts.get("optimizer")}, noise shift {facts.get("shift")}.
-  Weights are the running average, stored as float16.
+  Weights are the running average, stored as float16.{history}
 - Autoencoder: {float(facts.get("psnr_mean_db", 0.0)):.1f} dB PSNR on average over unseen scenes.
 - Call: the arguments in `diffctrl.json`, {call["height"]} px, {call["num_inference_steps"]} steps, guidance
   {call["guidance_scale"]}. Other sizes run and are less reliable; captions are at most 30 known words.

@@ -17,9 +17,9 @@ from diffctrl.scripts.training_image_optimizer import (
     learning_rate_at,
     orthogonalised,
 )
-from diffctrl.scripts.training_image_pack import assemble, read_pack, write_pack
+from diffctrl.scripts.training_image_pack import assemble, disassemble, read_pack, write_pack
 from diffctrl.scripts.training_image_probe import sample_images
-from diffctrl.scripts.training_image_vae import SMOKE_SIZE
+from diffctrl.scripts.training_image_vae import SMOKE_SIZE, load_vae
 from diffctrl.zoo import worlds
 from diffctrl.zoo.models import ImageParts, ImageSize, image_parts, image_pipeline
 from diffctrl.zoo.tokenizers import WordTokens
@@ -242,6 +242,23 @@ def test_a_pack_becomes_the_same_pipeline(tmp_path):
     card = (tmp_path / "model" / "README.md").read_text()
     assert "one object: exact | 95.0" in card
     assert len(json.loads((tmp_path / "model" / "metrics.json").read_text())["sha256"]) == 5
+
+
+def test_a_pipeline_folder_becomes_the_pack_that_training_goes_on_from(tmp_path):
+    stage = {"psnr_mean_db": 40.0, "psnr_5th_percentile_db": 36.0, "vae_steps": 7, "vae_minutes": 0.5}
+    write_pack(_random_parts(SMOKE_SIZE), tmp_path / "pack.safetensors", FACTS | stage)
+    assemble(tmp_path / "pack.safetensors", tmp_path / "model")
+    disassemble(tmp_path / "model", tmp_path / "again")
+    first, facts = read_pack(tmp_path / "pack.safetensors")
+    second, same_facts = read_pack(tmp_path / "again" / "pack.safetensors")
+    assert facts == same_facts
+    autoencoder = load_vae(tmp_path / "again" / "vae.safetensors")
+    assert autoencoder.config.scaling_factor == 0.5
+    others = [*second.items(), ("vae", autoencoder)]
+    for name, module in others:
+        expected = getattr(first, name).state_dict()
+        for key, value in module.state_dict().items():
+            assert torch.equal(expected[key], value), (name, key)
 
 
 def test_a_pack_of_another_architecture_is_refused(parts, tmp_path):
