@@ -326,6 +326,19 @@ def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (states.float() * cos + turned.float() * sin).to(states.dtype)
 
 
+def projections(attn: nn.Module, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed queries, keys and values of the main stream: (B, S, C) -> three (B, S, H, D)."""
+    query, key, value = (to_heads(attn, layer(states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    return normed(attn.norm_q, query), normed(attn.norm_k, key), value
+
+
+def text_projections(attn: nn.Module, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of the text stream of a joint block, which has layers of its own."""
+    layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+    query, key, value = (to_heads(attn, layer(text)) for layer in layers)
+    return normed(attn.norm_added_q, query), normed(attn.norm_added_k, key), value
+
+
 def output_layer(attn: nn.Module, states: Tensor) -> Tensor:
     """The projection and the dropout after attention."""
     return attn.to_out[1](attn.to_out[0](states))

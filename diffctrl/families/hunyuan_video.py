@@ -21,39 +21,28 @@ from diffctrl.families.base import (
     Place,
     Route,
     Span,
-    normed,
     output_layer,
+    projections,
     rotated,
     row_lengths,
     split_name,
-    to_heads,
+    text_projections,
 )
 from diffctrl.families.plain import PLAIN
-
-
-def _projections(attn: nn.Module, states: Tensor) -> list[Tensor]:
-    query, key, value = (to_heads(attn, layer(states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    return [normed(attn.norm_q, query), normed(attn.norm_k, key), value]
-
-
-def _text_projections(attn: nn.Module, text: Tensor) -> list[Tensor]:
-    layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-    query, key, value = (to_heads(attn, layer(text)) for layer in layers)
-    return [normed(attn.norm_added_q, query), normed(attn.norm_added_k, key), value]
 
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
     states, text = inputs.hidden_states, inputs.encoder_hidden_states
     video = states.shape[1]
     shared = attn.add_q_proj is None  # a single block: one projection for both streams
-    query, key, value = _projections(attn, torch.cat([states, text], dim=1) if shared else states)
+    query, key, value = projections(attn, torch.cat([states, text], dim=1) if shared else states)
     if inputs.image_rotary_emb is not None:
         cos, sin = (part[None, :, None, :].to(query.device) for part in inputs.image_rotary_emb)
         query, key = (
             torch.cat([rotated(part[:, :video], cos, sin), part[:, video:]], dim=1) for part in (query, key)
         )
     if not shared:
-        added = _text_projections(attn, text)
+        added = text_projections(attn, text)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), added, strict=True))
     return Call(
         query,

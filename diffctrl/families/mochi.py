@@ -20,28 +20,17 @@ from diffctrl.families.base import (
     Place,
     Route,
     Span,
-    normed,
     output_layer,
+    projections,
     rotated,
     row_lengths,
     split_name,
-    to_heads,
+    text_projections,
 )
 
 
-def _projections(attn: nn.Module, states: Tensor) -> list[Tensor]:
-    query, key, value = (to_heads(attn, layer(states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    return [normed(attn.norm_q, query), normed(attn.norm_k, key), value]
-
-
-def _text_projections(attn: nn.Module, text: Tensor) -> list[Tensor]:
-    layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-    query, key, value = (to_heads(attn, layer(text)) for layer in layers)
-    return [normed(attn.norm_added_q, query), normed(attn.norm_added_k, key), value]
-
-
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
-    query, key, value = _projections(attn, inputs.hidden_states)
+    query, key, value = projections(attn, inputs.hidden_states)
     video = query.shape[1]
     if inputs.image_rotary_emb is not None:
         cos, sin = (part.repeat_interleave(2, dim=-1) for part in inputs.image_rotary_emb)
@@ -51,8 +40,7 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
     # Valid tokens move to the front, where the stock processor leaves their outputs.
     order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, :, None, None]
     text = [
-        part.gather(1, order.expand_as(part))
-        for part in _text_projections(attn, inputs.encoder_hidden_states)
+        part.gather(1, order.expand_as(part)) for part in text_projections(attn, inputs.encoder_hidden_states)
     ]
     query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), text, strict=True))
 

@@ -22,9 +22,10 @@ from diffctrl.families.base import (
     Place,
     Route,
     Span,
-    normed,
     output_layer,
+    projections,
     split_name,
+    text_projections,
     to_heads,
 )
 
@@ -41,19 +42,7 @@ def _assemble(image_qkv: tuple[Tensor, ...], text_qkv: tuple[Tensor, ...] | None
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
     states, text = inputs.hidden_states, inputs.encoder_hidden_states
-    image_qkv = (
-        normed(attn.norm_q, to_heads(attn, attn.to_q(states))),
-        normed(attn.norm_k, to_heads(attn, attn.to_k(states))),
-        to_heads(attn, attn.to_v(states)),
-    )
-    if text is None:
-        return _assemble(image_qkv, None)
-    text_qkv = (
-        normed(attn.norm_added_q, to_heads(attn, attn.add_q_proj(text))),
-        normed(attn.norm_added_k, to_heads(attn, attn.add_k_proj(text))),
-        to_heads(attn, attn.add_v_proj(text)),
-    )
-    return _assemble(image_qkv, text_qkv)
+    return _assemble(projections(attn, states), None if text is None else text_projections(attn, text))
 
 
 def _project_fused(attn: nn.Module, inputs: Inputs) -> Call:
