@@ -130,8 +130,9 @@ def training_device(*, smoke: bool) -> torch.device:
         raise SystemExit("training needs an NVIDIA GPU; add --smoke for the short CPU run")
     # Matrix products outside autocast (text pooling, evaluation) need no more than TF32.
     torch.set_float32_matmul_precision("high")
-    # cuDNN's attention is faster at the training shape (0.8 against 1.1 ms, both passes), but compiled it
-    # trained wrongly (torch 2.11, H100): the loss rose from 1.05 to 1.7 where flash fell to 0.55.
+    # cuDNN's attention is faster at the training shape (0.8 against 1.1 ms, both passes), but both compiled
+    # and captured runs with it diverged (torch 2.11, H100; loss 1.05 at step 515, 1.68 at step 1283), and all
+    # with flash fell (0.55 at step 707). Its eager gradients were right; the cause was not isolated further.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", 0)
 

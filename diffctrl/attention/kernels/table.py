@@ -3,7 +3,8 @@ latents.
 
 Measured on one H100 80GB HBM3 (torch 2.11, CUDA 13.0, Triton 3.6, flash-attn-4 4.0.0b36; 2026-11-24, commit
 67eb4f3), bf16, head dim 128, batch 1, random lists of 128 x 128 blocks with equal counts, useful TFLOP/s:
-device time, by graph replay at 4.6k. `scripts/bench/engine.py` measures it anew (docs/results/engine.json).
+device time, by graph replay at 4.6k. One short run without intervals: `scripts/bench/engine.py` is the
+measurement to replace it, and has not run on a card yet.
 
 | kernel              | 4.6k tokens, 24 heads | 32k, 12 heads    | 119k, 24 heads |
 |---------------------|-----------------------|------------------|----------------|
