@@ -19,8 +19,9 @@ from diffctrl.zoo.tokenizers import MAX_TOKENS, WordTokens
 
 from .training_image_forward import to_rows
 
-SHAPES_SHARE = 0.6
-"""Share of shape scenes; the rest are characters."""
+SHAPES_SHARE = 0.45
+"""Share of shape scenes; the rest are characters, which have more to learn: six fields, small ones too, each
+named in a part of the captions."""
 
 _SCENES_A_CHUNK = 4096
 
@@ -29,7 +30,7 @@ def sample_scenes(count: int, *, seed: int, split: str = "train", workers: int =
     """Draw scenes of both worlds on the CPU; the result does not depend on the number of workers.
 
     Args:
-        count: number of scenes; the first 60 % are shapes, the rest characters.
+        count: number of scenes; the first `SHAPES_SHARE` are shapes, the rest characters.
         seed: seed of the whole draw.
         split: "train", "test" or "heldout" (shapes only).
         workers: processes; 0 draws in this process.
@@ -152,15 +153,24 @@ class CaptionedBatches:
         batch: batch size.
         batches: steps per refill.
         empty_share: share of captions replaced by the empty one, in all encoders.
+        detailed_share: share of captions that name all they have room for (`worlds.detailed`).
     """
 
     def __init__(
-        self, scenes: worlds.Scenes, tokens: WordTokens, *, batch: int, batches: int, empty_share: float = 0.1
+        self,
+        scenes: worlds.Scenes,
+        tokens: WordTokens,
+        *,
+        batch: int,
+        batches: int,
+        empty_share: float = 0.1,
+        detailed_share: float = 0.5,
     ) -> None:
         self.scenes = scenes
         self.tokens = tokens
         self.batches = batches
         self.empty_share = empty_share
+        self.detailed_share = detailed_share
         device = scenes.device
         self.index = torch.zeros(batches, batch, dtype=torch.int64, device=device)
         self.clip_ids = torch.zeros(batches, batch, MAX_TOKENS, dtype=torch.int64, device=device)
@@ -173,6 +183,7 @@ class CaptionedBatches:
         total = self.index.numel()
         index = torch.randint(len(self.scenes), (total,), device=device)
         uniforms = torch.rand(total, worlds.CAPTION_UNIFORMS, device=device)
+        uniforms = worlds.detailed(uniforms, torch.rand(total, device=device) < self.detailed_share)
         words = worlds.caption_words(self.scenes.select(index), uniforms)
         empty = torch.rand(total, 1, device=device) < self.empty_share
         words = words.masked_fill(empty, -1)

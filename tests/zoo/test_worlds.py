@@ -129,6 +129,22 @@ def test_captions_are_fresh_and_reproducible():
     assert float(differs.float().mean()) > 0.9
 
 
+@pytest.mark.parametrize("world", ["shapes", "characters"])
+def test_detailed_captions_name_more_and_leave_other_rows_alone(world):
+    scenes, uniforms = worlds.sample(400, seed=5, world=world), _uniforms(400, 5)
+    rows = torch.arange(400) % 2 == 0
+    words = worlds.caption_words(scenes, worlds.detailed(uniforms, rows))
+    plain = worlds.caption_words(scenes, uniforms)
+    assert torch.equal(words[~rows], plain[~rows])
+    assert (words[rows] >= 0).sum() > 1.15 * (plain[rows] >= 0).sum()
+    single = rows & (scenes.count == 1)
+    facts = worlds.said(scenes.select(single), worlds.detailed(uniforms, rows)[single])
+    named = ("colour", "pattern", "body", "eyes", "action") if world == "characters" else ("size", "pattern")
+    assert facts
+    assert all(getattr(f.objects[0], name) is not None for f in facts for name in named)
+    assert all(f.background is not None for f in facts)
+
+
 def test_parsing_a_caption_gives_what_it_was_meant_to_say():
     scenes = worlds.sample(1500, seed=12)
     uniforms = _uniforms(1500, 3)

@@ -14,7 +14,7 @@ Every fact that a caption can name is drawn so that it can be seen at 128 pixels
 Oblong pictures keep the scene in a central square that is shifted along the longer side.
 """
 
-from .captions import CAPTION_UNIFORMS, caption_words, said, to_text, truth
+from .captions import CAPTION_UNIFORMS, caption_words, detailed, said, to_text, truth
 from .facts import ObjectFacts, SceneFacts
 from .referring import referring
 from .rendering import render
@@ -32,6 +32,7 @@ __all__ = [
     "Scenes",
     "caption_words",
     "concatenate",
+    "detailed",
     "referring",
     "render",
     "said",

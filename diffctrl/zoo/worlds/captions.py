@@ -174,6 +174,29 @@ def _joint_slots(scenes: Scenes, plan: _Plan) -> list[Tensor]:
     return [torch.where(related, first, plain), _fixed("front", front), _fixed("of", of)]
 
 
+def detailed(uniforms: Tensor, rows: Tensor) -> Tensor:
+    """Uniforms whose captions name everything that the budget of words has room for, in some rows.
+
+    A caption that leaves a field open teaches nothing about it; a training that knows only full captions
+    could not draw from part of them. A mixture has both.
+
+    Args:
+        uniforms: (B, CAPTION_UNIFORMS) in [0, 1).
+        rows: (B,) bool, the rows to change.
+
+    Returns:
+        (B, CAPTION_UNIFORMS); what decides on names is scaled below the lowest share that is kept, which
+        leaves the order in which the budget drops fields.
+    """
+    lowest = min(KEEP_STYLE, KEEP_BACKGROUND, KEEP_TEXTURE, KEEP_SHAPE_FIELD, KEEP_CHARACTER_RELATION)
+    scale = torch.ones(CAPTION_UNIFORMS, device=uniforms.device)
+    for name in ("style", "background", "texture", "relation"):
+        scale[_GLOBALS.index(name)] = lowest
+    fields = scale[len(_GLOBALS) + MAX_FILLERS :].view(MAX_OBJECTS, len(_FIELDS))
+    fields[:, _FIELDS.index("article") + 1 :] = lowest
+    return torch.where(rows[:, None], uniforms * scale, uniforms)
+
+
 def caption_words(scenes: Scenes, uniforms: Tensor) -> Tensor:
     """Word ids of one caption per scene.
 
