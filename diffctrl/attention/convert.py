@@ -246,5 +246,13 @@ def _mask_mod(lists: BlockLists, device: torch.device) -> Any:
         if len(first) == 1:
             return lambda b, h, q, k: first[0, k]
         return lambda b, h, q, k: first[b, k]
+    if rule.kind == "frame_bands":
+        place, widths, sink = rule.tensors[1:]
+
+        def in_bands(b: Any, h: Any, q: Any, k: Any) -> Any:
+            band = (place[q] - place[k]).abs() <= widths[(first[q] - first[k]).abs()]
+            return band | (first[q] < 0) | (first[k] < 0) | (sink[0] & (first[k] == 0))
+
+        return in_bands
     k_frame, window = rule.tensors[1:]
     return lambda b, h, q, k: (first[q] - k_frame[k]).abs() <= window[0]

@@ -155,6 +155,11 @@ def _small_rule(request: Request) -> Rule:
     sq, sk = request.q_len, request.k_len
     if request.rule == "causal":
         return Rule("causal", (torch.tensor([3], dtype=torch.int32),))
+    if request.rule == "frame_bands":
+        frame = torch.arange(sq, dtype=torch.int32) // 11 - 1
+        place = torch.arange(sq, dtype=torch.int32) % 11
+        widths = torch.tensor([11, 7, 3, -1], dtype=torch.int32).repeat(sq)[: int(frame.max()) + 2]
+        return Rule("frame_bands", (frame, place, widths, torch.tensor([True])))
     if request.rule == "frame_window":
         q_frame, k_frame = (torch.arange(n, dtype=torch.int32) // 11 for n in (sq, sk))
         return Rule("frame_window", (q_frame, k_frame, torch.tensor([2], dtype=torch.int32)))
