@@ -188,7 +188,7 @@ def launch(
     if variant is None:
         variant = table_variant(_arch(query.device.index or 0), dim, block)
     if variant.descriptor:
-        query, key, value = (_for_copy_engine(t) for t in (query, key, value))
+        query, key, value = (for_copy_engine(t) for t in (query, key, value))
     tensors = (
         query, key, value, out, lse if needs_lse else out, counts, indices,
         counts if n_valid is None else n_valid, counts if order is None else order,
@@ -219,7 +219,7 @@ def launch(
     return out, lse
 
 
-def _for_copy_engine(tensor: torch.Tensor) -> torch.Tensor:
+def for_copy_engine(tensor: torch.Tensor) -> torch.Tensor:
     """Strides and base in units of 16 bytes, by a copy where they are not."""
     batch, token, head, _ = tensor.stride()
     if not (batch | token | head) & 7 and not tensor.data_ptr() & 15:
@@ -277,7 +277,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-class _Scratch:
+class Scratch:
     """Gives Triton the few hundred bytes a program needs for its descriptors, and puts the former allocator
     back."""
 
@@ -299,7 +299,7 @@ class _Scratch:
 
 
 def _scratch(device: torch.device, variant: Variant) -> AbstractContextManager[Any]:
-    return _Scratch(device) if variant.descriptor else nullcontext()
+    return Scratch(device) if variant.descriptor else nullcontext()
 
 
 @functools.cache
