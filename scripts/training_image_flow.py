@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffctrl.zoo import worlds
 from diffctrl.zoo.models import NOISE_SHIFT, ImageParts, ImageSize, image_parts
 from diffctrl.zoo.tokenizers import WordTokens
 
+from .training_checkpoint import checkpoint_facts, load_checkpoint, save_checkpoint
 from .training_image_data import CaptionedBatches, LatentPool, latent_pool, sample_scenes, worker_count
 from .training_image_forward import TrainingForward
-from .training_image_loop import Clock, StepRunner, say, training_device
-from .training_image_optimizer import Optimizer, WeightAverage, learning_rate_at
 from .training_image_pack import component_tensors, file_hash, read_pack, write_pack
 from .training_image_probe import Probe, sample_images
 from .training_image_vae import SMOKE_SIZE, load_vae
+from .training_loop import Clock, StepRunner, say, training_device
+from .training_optimizer import Optimizer, WeightAverage, learning_rate_at
 
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _SLICE_MARGIN_SECONDS = 25.0
@@ -234,36 +233,27 @@ class FlowTraining:
         return tensors | {f"optimizer.{key}": value for key, value in self.optimizer.state_tensors().items()}
 
     def save_checkpoint(self, since: float) -> None:
-        """Write `checkpoint.safetensors`; a crash leaves the previous one whole."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self._state_tensors().items()}
+        """Write the state folder's checkpoint."""
         facts = {
             "step": self.done,
             "elapsed_seconds": self.elapsed_seconds,
             "optimizer": self.options.optimizer,
             "smoke": self.options.smoke,
         }
-        # The facts travel inside the file, so weights and step count can never disagree.
-        partial = self.options.state / "checkpoint.partial"
-        save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
-        partial.rename(self.options.state / "checkpoint.safetensors")
+        save_checkpoint(self.options.state, self._state_tensors(), facts)
         say(f"checkpoint at step {self.done}", since=since)
 
     def load_checkpoint(self, since: float) -> None:
         """Continue from the state folder's checkpoint, if there is one."""
-        path = self.options.state / "checkpoint.safetensors"
-        if not path.is_file():
+        facts = checkpoint_facts(self.options.state)
+        if facts is None:
             return
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
         if facts["optimizer"] != self.options.optimizer or facts["smoke"] != self.options.smoke:
             raise SystemExit(
-                f"{path} was written with optimizer {facts['optimizer']!r}, smoke {facts['smoke']}; "
-                "use the same options or another --state"
+                f"{self.options.state} was written with optimizer {facts['optimizer']!r}, smoke "
+                f"{facts['smoke']}; use the same options or another --state"
             )
-        saved = load_file(path)
-        with torch.no_grad():
-            for name, value in self._state_tensors().items():
-                value.copy_(saved[name])
+        load_checkpoint(self.options.state, self._state_tensors())
         self.done, self.elapsed_seconds = facts["step"], facts["elapsed_seconds"]
         say(f"continuing at step {self.done}, {self.elapsed_seconds / 60:.2f} minutes", since=since)
 

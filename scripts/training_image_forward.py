@@ -8,14 +8,14 @@ Axes: B batch, T text tokens of one encoder, P patches, C channels.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffctrl.zoo.models import ImageParts
+
+from .training_layers import lookup, maybe_compiled
 
 TRAIN_TIMESTEPS = 1000.0
 
@@ -50,16 +50,6 @@ def transformer_block(
 ) -> tuple[Tensor, Tensor]:
     """One joint block: image (B, P, C), text (B, 2T, C), condition (B, C) -> (text or None, image)."""
     return block(hidden_states=hidden, encoder_hidden_states=context, temb=condition)
-
-
-def lookup(table: Tensor, ids: Tensor) -> Tensor:
-    """Rows of an embedding table by a one-hot product: (V, C), (B, T) -> (B, T, C).
-
-    The gradient of an indexed lookup sorts the ids, which some versions do with a host synchronisation and
-    others with atomics. The product has neither, and a few hundred words make it cheap.
-    """
-    hot = (ids[:, :, None] == torch.arange(table.shape[0], device=ids.device)).to(table.dtype)
-    return hot @ table
 
 
 def noisy_tokens(transformer: nn.Module, rows: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,12 +96,12 @@ class TrainingForward:
 
     def __init__(self, parts: ImageParts, *, compiled: bool) -> None:
         self.parts = parts
-        self._clip_layer = _maybe_compiled(clip_layer, compiled)
-        self._t5_layer = _maybe_compiled(t5_layer, compiled)
-        self._block = _maybe_compiled(transformer_block, compiled)
-        self._noisy_tokens = _maybe_compiled(noisy_tokens, compiled)
-        self._lookup = _maybe_compiled(lookup, compiled)
-        self._velocity_loss = _maybe_compiled(velocity_loss, compiled)
+        self._clip_layer = maybe_compiled(clip_layer, compiled)
+        self._t5_layer = maybe_compiled(t5_layer, compiled)
+        self._block = maybe_compiled(transformer_block, compiled)
+        self._noisy_tokens = maybe_compiled(noisy_tokens, compiled)
+        self._lookup = maybe_compiled(lookup, compiled)
+        self._velocity_loss = maybe_compiled(velocity_loss, compiled)
         self._buckets: Tensor | None = None
 
     def encode_text(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +183,3 @@ def _bucket_one_hot(attention: nn.Module, tokens: int, device: torch.device) -> 
         max_distance=attention.relative_attention_max_distance,
     )
     return F.one_hot(buckets, attention.relative_attention_num_buckets).float()
-
-
-def _maybe_compiled(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function

@@ -16,8 +16,8 @@ from diffctrl.zoo import worlds
 from diffctrl.zoo.models import ImageSize, image_vae
 
 from .training_image_data import image_pool, rendered_chunks, sample_scenes, worker_count
-from .training_image_loop import Clock, StepRunner, say, training_device
-from .training_image_optimizer import Optimizer, learning_rate_at
+from .training_loop import Clock, StepRunner, say, training_device
+from .training_optimizer import Optimizer, learning_rate_at
 
 SMOKE_SIZE = ImageSize(
     latent_size=16, vae_channels=(16, 32), layers=2, heads=2, head_dim=32, positions=16, text_width=32

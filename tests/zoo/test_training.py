@@ -16,8 +16,8 @@ from diffctrl.scripts.training_image_data import (
     sample_scenes,
 )
 from diffctrl.scripts.training_image_forward import TrainingForward, to_rows
-from diffctrl.scripts.training_image_loop import Clock
-from diffctrl.scripts.training_image_optimizer import (
+from diffctrl.scripts.training_loop import Clock
+from diffctrl.scripts.training_optimizer import (
     Optimizer,
     WeightAverage,
     learning_rate_at,

@@ -1,4 +1,4 @@
-"""Optimiser, gradient clipping and weight average of the image training, all without host synchronisation.
+"""Optimiser, gradient clipping, weight average and learning rate of the trainings, without host synchronisation.
 
 Everything that changes while training runs (learning rate, step count, averaging weight) lives in tensors,
 so a captured step keeps following it.
@@ -20,16 +20,17 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly: singular values end between about 0.7 and 1.2.
 
     Args:
-        matrices: (N, R, C) any float dtype; computed in bfloat16, which the iteration tolerates.
+        matrices: (N, R, C) any float dtype; computed in bfloat16, which the iteration tolerates and CPUs are
+            slow at: there in float32.
         steps: Newton-Schulz steps.
 
     Returns:
-        (N, R, C) bfloat16.
+        (N, R, C) of the dtype that it was computed in.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     work = matrices.mT if tall else matrices
     norm = torch.linalg.vector_norm(work, dim=(1, 2), keepdim=True)
-    work = (work / (norm + 1e-7)).bfloat16()
+    work = (work / (norm + 1e-7)).to(torch.float32 if work.device.type == "cpu" else torch.bfloat16)
     first, second, third = _NEWTON_SCHULZ
     for _ in range(steps):
         gram = work @ work.mT
@@ -210,6 +211,7 @@ def _is_hidden_matrix(name: str, value: Tensor) -> bool:
 
 def _decays(name: str, value: Tensor) -> bool:
     table = any(
-        part in name for part in ("token_embedding", "position_embedding", "shared", "relative_attention")
+        part in name
+        for part in ("token_embedding", "embed_tokens", "position_embedding", "shared", "relative_attention")
     )
     return value.dim() >= 2 and not table

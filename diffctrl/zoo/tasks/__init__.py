@@ -1,0 +1,19 @@
+"""Exercises of the embedded text model: words and tokenizer, generated batches, true answers."""
+
+from .sampling import SHORTEST, TASKS, Draw, Examples, is_held_out_sum, sample
+from .solving import is_right, solve
+from .vocabulary import TOKENS, VOCABULARY_SIZE, tokenizer
+
+__all__ = [
+    "SHORTEST",
+    "TASKS",
+    "TOKENS",
+    "VOCABULARY_SIZE",
+    "Draw",
+    "Examples",
+    "is_held_out_sum",
+    "is_right",
+    "sample",
+    "solve",
+    "tokenizer",
+]
