@@ -1,4 +1,4 @@
-"""What the training commands share: options out of a dataclass, starting again without capture, the commit."""
+"""What the training commands share: options out of a dataclass, a restart without capture, the commit."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Optimiser, gradient clipping, weight average and learning rate of the trainings, without host synchronisation.
+"""Optimiser, clipping, weight average and learning rate of the trainings, all without host synchronisation.
 
 Everything that changes while training runs (learning rate, step count, averaging weight) lives in tensors,
 so a captured step keeps following it.
