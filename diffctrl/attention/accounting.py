@@ -39,29 +39,40 @@ def has_empty_rows(lists: BlockLists) -> bool:
 
 def areas(lists: BlockLists) -> tuple[float, float]:
     """(density, kernel_density)."""
-    (bq, bk), (sq, sk) = lists.block, lists.lengths
+    (bq, _), (sq, sk) = lists.block, lists.lengths
     heights = (sq - torch.arange(lists.n_q_blocks) * bq).clamp(max=bq)
-    starts = torch.arange(lists.n_k_blocks) * bk
-    limits = torch.tensor([sk]) if lists.n_valid is None else lists.n_valid.long()
     parts = [(lists.counts, lists.indices)]
     if lists.partial_counts is not None and lists.partial_indices is not None:
         parts.append((lists.partial_counts, lists.partial_indices))
-    area = possible = 0
-    for b, limit in enumerate(limits.tolist()):
-        widths = (limit - starts).clamp(0, bk)
-        possible += lists.heads * sq * limit
-        # All batch rows share a single limit when n_valid is None: then every stored row counts.
-        rows = (
-            slice(None)
-            if lists.n_valid is None
-            else slice(b % lists.counts.shape[0], b % lists.counts.shape[0] + 1)
-        )
-        for counts, indices in parts:
-            used = torch.arange(indices.shape[-1]) < counts[rows].unsqueeze(-1)
-            covered = (widths[indices[rows].long()] * used).sum(-1)
-            area += int((covered * heights).sum())
     if lists.n_valid is None:
-        possible *= lists.counts.shape[0]
+        possible = lists.counts.shape[0] * lists.heads * sq * sk
+        area = sum(int((_covered(lists, *part) * heights).sum()) for part in parts)
+    else:
+        possible = area = 0
+        for b, limit in enumerate(lists.n_valid.tolist()):
+            row = b % lists.counts.shape[0]
+            possible += lists.heads * sq * limit
+            for counts, indices in parts:
+                covered = _covered_below(lists, counts[row], indices[row], limit)
+                area += int((covered * heights).sum())
     listed = sum(int(counts.sum(dtype=torch.int64)) for counts, _ in parts)
     blocks = lists.counts.numel() * lists.n_k_blocks
     return (area / possible if possible else 0.0), listed / blocks
+
+
+def _covered(lists: BlockLists, counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Keys of each list. Lists ascend, so that the cut block can only be the last entry: no look at the rest."""
+    bk, sk = lists.block[1], lists.lengths[1]
+    last = indices.gather(-1, (counts - 1).clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
+    cut = (counts > 0) & (last == lists.n_k_blocks - 1)
+    return counts.long() * bk - cut * (lists.n_k_blocks * bk - sk)
+
+
+def _covered_below(
+    lists: BlockLists, counts: torch.Tensor, indices: torch.Tensor, limit: int
+) -> torch.Tensor:
+    """Keys of each list that lie before `limit`."""
+    bk = lists.block[1]
+    widths = (limit - torch.arange(lists.n_k_blocks) * bk).clamp(0, bk)
+    used = torch.arange(indices.shape[-1]) < counts.unsqueeze(-1)
+    return (widths[indices.long()] * used).sum(-1)

@@ -92,11 +92,14 @@ def make_lists(mask: BlockLists, device: torch.device, arch: int, head_dim: int)
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     lists = mask.clipped().to_fa4(arch, head_dim)
+    counts, indices = lists.full_count, lists.full_index
+    if counts is mask.counts and indices is mask.indices:  # nothing was converted: one copy serves all kernels
+        counts, indices = mask.on(device).counts, mask.on(device).indices
     tensors = BlockSparseTensorsTorch(
         mask_block_cnt=lists.mask_count.to(device),
         mask_block_idx=lists.mask_index.to(device),
-        full_block_cnt=lists.full_count.to(device),
-        full_block_idx=lists.full_index.to(device),
+        full_block_cnt=counts.to(device),
+        full_block_idx=indices.to(device),
         block_size=lists.block,
     )
     return PreparedLists(tensors, None if mask.n_valid is None else mask.n_valid.to(device))
