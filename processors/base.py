@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from diffctrl.attention import attend
+from diffctrl.attention import attend, gives_lse
 from diffctrl.control import Control
 from diffctrl.families import Call, Inputs, Site
 
@@ -63,7 +63,9 @@ class ControlAttnProcessor(Control, AttnProcessor):
         call = site.route.project(attn, inputs)
         for control in controls:
             call = control.transform_inputs(site, call)
-        output = self._attend(attn, site, call)
+        output, lse = self._attend(attn, site, call, any(c.wants_lse(site) for c in controls))
+        for control in controls:
+            control.observe(site, call, lse)
         for control in controls:
             output = control.transform_output(site, call, output)
         for query, key, value in call.added:
@@ -71,23 +73,28 @@ class ControlAttnProcessor(Control, AttnProcessor):
             output = output + branch
         return site.route.finish(attn, call, output)
 
-    def _attend(self, attn: nn.Module, site: Site, call: Call) -> Any:
+    def _attend(
+        self, attn: nn.Module, site: Site, call: Call, wants_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and the log-sum-exp where it is wanted and comes with the very same output."""
         stats = site.context.stats
         if site.mask is None and site.route.dense is not None:
             if not torch.compiler.is_compiling():  # the engine does not count inside compiled code either
                 stats.record("stock")
-            return site.route.dense(attn, call, self._attention_backend)
-        return attend(
-            call.query,
-            call.key,
-            call.value,
-            mask=site.mask,
+            return site.route.dense(attn, call, self._attention_backend), None
+        settings = {
+            "mask": site.mask,
             # Block lists carry the valid lengths of the mask themselves: see `diffctrl.control.publish`.
-            attn_mask=call.attention_mask if site.mask is None else None,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config if call.parallel else None,
-            stats=stats,
-        )
+            "attn_mask": call.attention_mask if site.mask is None else None,
+            "backend": self._attention_backend,
+            "parallel_config": self._parallel_config if call.parallel else None,
+        }
+        operands = call.query, call.key, call.value
+        if wants_lse and gives_lse(*operands, **settings):
+            result: Any = attend(*operands, **settings, return_lse=True, stats=stats)
+            return result
+        output: Any = attend(*operands, **settings, stats=stats)
+        return output, None
 
 
 class NeutralAttnProcessor(ControlAttnProcessor):

@@ -4,8 +4,7 @@ Importing this package imports torch and nothing else: diffusers, triton, flash_
 call wants them.
 """
 
-from .api import attend
-from .capture import column_weights
+from .api import attend, gives_lse
 from .chain import KernelReport, Selection, kernel_report, select_kernel
 from .lists import BlockLists, DeviceLists
 from .lse import logsumexp_of, merge
@@ -20,7 +19,7 @@ __all__ = [
     "Rule",
     "Selection",
     "attend",
-    "column_weights",
+    "gives_lse",
     "kernel_report",
     "logsumexp_of",
     "merge",

@@ -7,14 +7,15 @@ from typing import Any, Literal
 
 import torch
 
-from .chain import note_fallback
+from .chain import choose, note_fallback
 from .kernels.base import Operands
-from .kernels.sdpa import active_backend, stock_attention, stock_attention_with_lse
+from .kernels.sdpa import active_backend, fused_on_cpu, stock_attention, stock_attention_with_lse
 from .lists import BlockLists, DeviceLists, origin_of
 from .ops import attend_op, run_chain
 from .stats import EngineStats
 
 _HALF = (torch.float16, torch.bfloat16)
+_SECOND_PASS = ("sdpa", "xformers")  # kernels that give no log-sum-exp of their own
 
 
 def attend(
@@ -78,6 +79,43 @@ def attend(
             "the mask without enable_parallelism, or the parallel model without the mask."
         )
     return _sparse(query, key, value, mask, scale, return_lse, backend, kernel, stats)
+
+
+def gives_lse(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: BlockLists | DeviceLists | None = None,
+    attn_mask: torch.Tensor | None = None,
+    backend: str | None = None,
+    parallel_config: Any = None,
+) -> bool:
+    """Whether `attend(..., return_lse=True)` costs this call next to nothing and leaves its output as it is.
+
+    Where it does not, `attend` computes the log-sum-exp in a second pass; who needs it for some queries only
+    is better off with a pass of his own.
+    """
+    if parallel_config is not None:
+        return False
+    compiling = torch.compiler.is_compiling()
+    if compiling and isinstance(mask, DeviceLists):
+        return True
+    lengths = (query.shape[1], key.shape[1])
+    host = origin_of(mask, lengths) if isinstance(mask, DeviceLists) else mask
+    if host is not None and host.is_full:
+        host = None
+    if host is None and not _engine_chooses(query, attn_mask, backend):
+        return not compiling and fused_on_cpu(query, key, value, attn_mask, backend)
+    if compiling:
+        return True
+    operands = Operands(*_autocast(query, key, value), 1.0, host)
+    needs_grad = _needs_grad(query, key, value)
+    kernels = [
+        choose(operands, needs_lse=needs_lse, needs_grad=needs_grad, kernel=None)[1].kernel.name
+        for needs_lse in (False, True)
+    ]
+    return kernels[0] == kernels[1] and kernels[0] not in _SECOND_PASS
 
 
 def _sparse(

@@ -25,7 +25,7 @@ def to_bits(counts: torch.Tensor, indices: torch.Tensor, nk: int) -> torch.Tenso
 def lists_from_bits(bits: torch.Tensor, nk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 (Bm, Hm, NQ, ceil(NK / 8)) -> counts (Bm, Hm, NQ), indices (Bm, Hm, NQ, W), ascending."""
     heads = bits.flatten(0, 1)
-    unpacked = [_unpack(head, nk) for head in heads]  # one head at a time: NQ x NK bytes at most
+    unpacked = [unpack_bits(head, nk) for head in heads]  # one head at a time: NQ x NK bytes at most
     counts = torch.stack([head.sum(-1, dtype=torch.int32) for head in unpacked])
     indices = torch.zeros(*counts.shape, max(int(counts.max()), 1), dtype=torch.int32)
     for h, head in enumerate(unpacked):
@@ -35,7 +35,7 @@ def lists_from_bits(bits: torch.Tensor, nk: int) -> tuple[torch.Tensor, torch.Te
     return counts.view(bits.shape[:3]), indices.view(*bits.shape[:3], -1)
 
 
-def _unpack(bits: torch.Tensor, nk: int) -> torch.Tensor:
+def unpack_bits(bits: torch.Tensor, nk: int) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(bits.numpy(), axis=-1, count=nk, bitorder="little")).bool()
 
 
@@ -70,14 +70,14 @@ def to_dense_blocks(lists: BlockLists) -> torch.Tensor:
     bits = to_bits(lists.counts, lists.indices, lists.n_k_blocks)
     if lists.partial_counts is not None and lists.partial_indices is not None:
         bits = bits | to_bits(lists.partial_counts, lists.partial_indices, lists.n_k_blocks)
-    return _unpack(bits, lists.n_k_blocks)
+    return unpack_bits(bits, lists.n_k_blocks)
 
 
 def to_dense_bool(lists: BlockLists) -> torch.Tensor:
     (bq, bk), (sq, sk) = lists.block, lists.lengths
 
     def spread(bits: torch.Tensor) -> torch.Tensor:
-        blocks = _unpack(bits, lists.n_k_blocks)
+        blocks = unpack_bits(bits, lists.n_k_blocks)
         return blocks.repeat_interleave(bq, 2)[:, :, :sq].repeat_interleave(bk, 3)[..., :sk]
 
     allowed = spread(to_bits(lists.counts, lists.indices, lists.n_k_blocks))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-_SCORE_BYTES = 64 << 20  # of scores at a time in the second pass
+from .scores import tiled_logsumexp, wide_dtype, with_mask
 
 
 def merge(
@@ -59,33 +59,24 @@ def logsumexp_of(
 ) -> torch.Tensor:
     """lse (B, H, Sq) of dense attention, from query (B, Sq, H, D) and key (B, Sk, Hkv, D), without gradients.
 
-    A second pass over Q and K, a few rows at a time, for kernels that do not return it: asking for it never
-    changes the kernel that computes the output.
-    attn_mask: bool (True is attended) or additive, broadcastable to (B, H, Sq, Sk).
+    A second pass over Q and K, a tile at a time, for kernels that do not return it: asking for it never
+    changes the kernel that computes the output. float32, or float64 for float64 operands.
+    attn_mask: bool (True is attended) or additive, broadcastable to (B, H, Sq, Sk), four axes.
     """
     return _logsumexp_op(query, key, attn_mask, scale)
 
 
-# An operator, so that a compiled region does not unroll the loop over rows and compile anew for each length.
+# An operator, so that a compiled region does not unroll the loop over tiles and compile anew for each length.
 @torch.library.custom_op("diffctrl::logsumexp", mutates_args=())
 def _logsumexp_op(
     query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    b, sq, h, _ = query.shape
-    keys = key.permute(0, 2, 3, 1).float()  # (B, Hkv, D, Sk)
-    groups = h // key.shape[2]
-    out = query.new_empty(b, h, sq, dtype=torch.float32)
-    rows = max(_SCORE_BYTES // (4 * b * h * key.shape[1]), 1)
-    for start in range(0, sq, rows):
-        part = query[:, start : start + rows].permute(0, 2, 1, 3).float()
-        scores = (part.unflatten(1, (-1, groups)) @ keys.unsqueeze(2)).flatten(1, 2) * scale
-        if attn_mask is not None:
-            bias = attn_mask if attn_mask.shape[-2] == 1 else attn_mask[..., start : start + rows, :]
-            scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
-        out[..., start : start + rows] = torch.logsumexp(scores, -1)
-    return out
+    if attn_mask is None:
+        return tiled_logsumexp(query, key, scale)
+    return tiled_logsumexp(query, key, scale, lambda part, *tile: with_mask(part, attn_mask, *tile))
 
 
 @_logsumexp_op.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    return query.new_empty((query.shape[0], query.shape[2], query.shape[1]), dtype=torch.float32)
+    shape = query.shape[0], query.shape[2], query.shape[1]
+    return query.new_empty(shape, dtype=wide_dtype(query.dtype))

@@ -27,6 +27,7 @@ class EngineStats:
 
     calls: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    captures: Counter[str] = field(default_factory=Counter)
     sparse_calls: int = 0
     density_sum: float = 0.0
     kernel_density_sum: float = 0.0
@@ -50,10 +51,16 @@ class EngineStats:
         with self._lock:
             self.fallbacks[reason] += 1
 
+    def record_capture(self, route: str) -> None:
+        """Weights of one call were captured by this route."""
+        with self._lock:
+            self.captures[route] += 1
+
     def reset(self) -> None:
         with self._lock:
             self.calls.clear()
             self.fallbacks.clear()
+            self.captures.clear()
             self.sparse_calls, self.density_sum, self.kernel_density_sum = 0, 0.0, 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,6 +76,7 @@ class EngineStats:
                 "sparse_density": self.density_sum / sparse if sparse else None,
                 "kernel_density": self.kernel_density_sum / sparse if sparse else None,
                 "fallbacks": dict(self.fallbacks),
+                "captures": dict(self.captures),
             }
 
 

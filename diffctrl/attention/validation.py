@@ -139,9 +139,11 @@ def _check_rule(lists: BlockLists) -> None:
     shapes = [tuple(t.shape) for t in tensors]
     fits = {
         "causal": lambda: shapes == [(1,)],
-        "frame_bands": lambda: shapes == [(sq,), (sk,), (int(tensors[0].max()) + 2,), (1,)]
-        and sq == sk
-        and lists.block[0] == lists.block[1],
+        "frame_bands": lambda: (
+            shapes == [(sq,), (sk,), (int(tensors[0].max()) + 2,), (1,)]
+            and sq == sk
+            and lists.block[0] == lists.block[1]
+        ),
         "frame_window": lambda: shapes == [(sq,), (sk,), (1,)],
         "kv_validity": lambda: len(shapes[0]) == 2 and shapes[0][1] == sk and tensors[0].dtype == torch.bool,
     }[kind]()

@@ -69,6 +69,7 @@ class Context:
     Attributes:
         info: what the family read off the running forward.
         rows: which batch rows are conditional, unconditional or perturbed.
+        auxiliary: whether the pipeline makes this call for a guidance of its own, besides cond and uncond.
         step: index of the denoising step, or None where no scheduler is known.
         total_steps: steps of the run, or None.
         stats: counts of the engine.
@@ -79,6 +80,7 @@ class Context:
     sites: dict[str, Site]
     info: ForwardInfo | None = None
     rows: Rows | None = None
+    auxiliary: bool = False
     step: int | None = None
     total_steps: int | None = None
     stats: EngineStats = field(default_factory=EngineStats)

@@ -77,6 +77,8 @@ class Contributions:
         output: the attention output.
         guides: the prediction, with perturbed twins.
         whole: it computes with the scores of all queries and keys in the model's own order.
+        tells_rows: it treats conditional rows otherwise than unconditional ones.
+        reads_tokens: it looks up queries and keys by their place in the model's own order.
     """
 
     reorders: bool = False
@@ -85,6 +87,8 @@ class Contributions:
     output: bool = False
     guides: bool = False
     whole: bool = False
+    tells_rows: bool = False
+    reads_tokens: bool = False
 
 
 class Control:
@@ -121,6 +125,16 @@ class Control:
     def transform_inputs(self, site: Site, call: Call) -> Call:
         """Change queries, keys and values."""
         return call
+
+    def wants_lse(self, site: Site) -> bool:
+        """Whether `observe` can use the log-sum-exp of the queries in the running forward."""
+        return False
+
+    def observe(self, site: Site, call: Call, lse: Tensor | None) -> None:
+        """Look at what the kernel was given, after every control has changed it; changes nothing.
+
+        lse: (B, H, Sq) where it was wanted and the kernel gave it without a change of its output, else None.
+        """
 
     def transform_output(self, site: Site, call: Call, output: Tensor) -> Tensor:
         """Change the attention output (B, S, H, D), before heads are merged and projected."""
@@ -177,4 +191,9 @@ def check_composition(controls: Sequence[Control]) -> None:
                 raise ValueError(
                     f"{one.method} and {other.method} cannot be combined with these settings: "
                     f"{one.describe()} computes with the whole attention map, and {other.method} {does}"
+                )
+            if one.contributes.reads_tokens and other.contributes.reorders:
+                raise ValueError(
+                    f"{one.method} and {other.method} cannot be combined: {one.method} looks tokens up by "
+                    f"their place, and {other.method} reorders them"
                 )

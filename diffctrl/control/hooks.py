@@ -97,14 +97,15 @@ class ContextHook:
             self._publisher.publish(context, controls)
             return args, kwargs
         self._twin.forget()
-        auxiliary = family.auxiliary(call)
+        auxiliary = context.auxiliary = family.auxiliary(call)
         context.info = info
         context.rows = self._stock_rows = Rows.of(info.batch, "cond" if auxiliary else self._passes.layout())
         context.step, context.total_steps = current_step(self._scheduler, info.timestep)
         context.forwards += 1
         self._guidance = self._active_guidance(controls)
-        if self._guidance is not None and not auxiliary:
+        if not auxiliary and (self._guidance or any(c.contributes.tells_rows for c in controls)):
             self._passes.check_named(context.step)
+        if self._guidance is not None and not auxiliary:
             if not context.rows.has_cond:
                 pass
             elif self._guidance.mode == "batched":

@@ -42,6 +42,8 @@ class Call:
             (B, H, Sq, Sk), or None.
         image: the image or video tokens among the queries.
         text: the text tokens among the queries, or None where the sequence holds none.
+        text_order: (B, T), which token of the prompt stands at each place of `text`; None where they stand in
+            the prompt's own order.
         added: further branches of the same queries, (query, key, value) each, whose outputs are added after
             every control has acted (Wan's image conditioning).
         parallel: whether the keys are split over devices under context parallelism, as the queries are.
@@ -54,6 +56,7 @@ class Call:
     attention_mask: Tensor | None
     image: Span
     text: Span | None
+    text_order: Tensor | None = None
     added: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
     parallel: bool = True
     saved: Mapping[str, Any] = field(default_factory=dict)

@@ -38,9 +38,9 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
 
     valid = inputs.attention_mask.bool()  # (B, T)
     # Valid tokens move to the front, where the stock processor leaves their outputs.
-    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, :, None, None]
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
     text = [
-        part.gather(1, order.expand_as(part)) for part in text_projections(attn, inputs.encoder_hidden_states)
+        part.gather(1, order[:, :, None, None].expand_as(part)) for part in text_projections(attn, inputs.encoder_hidden_states)
     ]
     query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), text, strict=True))
 
@@ -53,6 +53,7 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
         attended[:, None, None, :],
         image=Span(0, video),
         text=Span(video, query.shape[1]),
+        text_order=order,
         saved={"lengths": lengths, "attended": attended},
     )
 

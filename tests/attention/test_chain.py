@@ -382,7 +382,7 @@ def test_stats_add_up():
     attend(q, k, v, mask=BlockLists.full((16, 16), (64, 64)), stats=stats)
     assert stats.as_dict() == {
         "calls": {"gathered": 1, "sdpa": 2}, "dense_calls": 2, "sparse_calls": 1, "density": 0.75,
-        "sparse_density": 0.25, "kernel_density": 0.25, "fallbacks": {},
+        "sparse_density": 0.25, "kernel_density": 0.25, "fallbacks": {}, "captures": {},
     }  # fmt: skip
     stats.reset()
     assert stats.as_dict()["density"] is None

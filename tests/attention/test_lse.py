@@ -1,4 +1,4 @@
-"""Log-sum-exp: merging parts of an attention, and column weights made from it."""
+"""Log-sum-exp: merging parts of an attention, and the second pass that computes it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffctrl.attention import attend, column_weights, logsumexp_of, merge
+from diffctrl.attention import attend, logsumexp_of, merge
 from tests.attention.cases import make_inputs, random_lists, reference
 
 
@@ -60,24 +60,6 @@ def test_merge_refuses_what_does_not_fit():
         merge([out], [])
     with pytest.raises(ValueError, match=r"lses \(B, H, S\)"):
         merge([out, out], [lse, lse.transpose(1, 2)])
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_column_weights_are_softmax_columns(sparse):
-    lengths = (70, 60)
-    q, k, v = make_inputs(2, 4, 2, lengths, 16)
-    mask = random_lists((16, 16), lengths, heads=4, allow_empty=True).force(cols=(48, 60)) if sparse else None
-    _, lse = attend(q, k, v, mask=mask, return_lse=True)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, 2)).double() * 0.25
-    if mask is not None:
-        scores = scores.masked_fill(~mask.to_dense_bool(), float("-inf"))
-    expected = torch.softmax(scores, -1)[..., 48:]
-    for columns in (slice(48, 60), torch.arange(48, 60)):
-        parts = dict(column_weights(q, k, lse, columns, 0.25, rows=32))
-        assert list(parts) == [0, 32, 64]
-        got = torch.cat(list(parts.values()), 2)
-        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-4)
-        assert float(got.sum(-1).max()) <= 1 + 1e-3
 
 
 def test_the_second_pass_equals_the_kernel():

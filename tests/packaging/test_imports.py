@@ -67,6 +67,14 @@ def test_public_names_exist(name):
 
 
 def test_public_names_are_the_agreed_ones():
-    assert set(diffctrl.__all__) == {"ControlHandle", "apply", "attach", "set_attn_processor", "summary"}
+    assert set(diffctrl.__all__) == {
+        "CaptureSpec",
+        "ControlHandle",
+        "apply",
+        "attach",
+        "capture",
+        "set_attn_processor",
+        "summary",
+    }
     with pytest.raises(AttributeError, match="aply"):
         _ = diffctrl.aply

@@ -68,15 +68,29 @@ def stock_attention_with_lse(
     second pass over Q and K computes lse: asking for it never changes the kernel behind the output.
     """
     mask = None if attn_mask is None else four_dims(attn_mask, query, key)
-    grouped = query.shape[2] != key.shape[2]
-    traced = torch.compiler.is_compiling()  # the choice below is no tensor, so it cannot be traced
-    if query.device.type == "cpu" and not grouped and not traced and active_backend(backend) == "native":
+    traced = torch.compiler.is_compiling()  # the choice of the kernel is no tensor, so it cannot be traced
+    if not traced and fused_on_cpu(query, key, value, mask, backend):
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        if torch._fused_sdp_choice(q, k, v, mask, 0.0, False, scale=scale) == _FLASH:
-            return _cpu_fused(q, k, v, mask, scale)
+        return _cpu_fused(q, k, v, mask, scale)
     out = stock_attention(query, key, value, attn_mask, scale, backend)
     with torch.no_grad():
-        return out, logsumexp_of(query, key, scale, mask)
+        return out, logsumexp_of(query, key, scale, mask).float()
+
+
+def fused_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    backend: str | None,
+) -> bool:
+    """Whether the stock kernel is the CPU's fused one, which gives the log-sum-exp with its output."""
+    grouped = query.shape[2] != key.shape[2]
+    if query.device.type != "cpu" or grouped or active_backend(backend) != "native":
+        return False
+    mask = None if attn_mask is None else four_dims(attn_mask, query, key)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    return torch._fused_sdp_choice(q, k, v, mask, 0.0, False) == _FLASH
 
 
 def _cpu_fused(

@@ -1,0 +1,185 @@
+"""Softmax weights of some queries and keys, a tile at a time, by three exact routes: never S x S.
+
+lse: the kernel that ran the call gave the log-sum-exp of each query over all its keys; a small product of the
+wanted queries and keys does the rest. chunked: that log-sum-exp is computed anew from all keys, tile by tile.
+one_hot: the attention once more over values that are one at a wanted key and zero elsewhere; its output is
+the weights, in the operands' dtype.
+
+Axis letters: B batch, H heads, R queries of a tile, T wanted keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from ..api import attend
+from ..lists import BlockLists
+from ..pairs import attended_pairs, part_of
+from ..scores import scores, tiled_logsumexp, wide_dtype
+from .tokens import Tokens
+
+Route = Literal["lse", "chunked", "one_hot"]
+ROUTES: tuple[Route, ...] = ("lse", "chunked", "one_hot")
+
+# Cost of a multiply-add in a tile of scores, which goes through memory for its exponential, over that in a
+# fused kernel.
+_TILE_COST = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a kernel was given.
+
+    Attributes:
+        query: (B, Sq, H, D).
+        key: (B, Sk, Hkv, D).
+        scale: of the scores.
+        lse: (B, H, Sq) as the kernel gave it, or None.
+        attn_mask: bool or additive, (B or 1, H or 1, Sq or 1, Sk), or None.
+        lists: the block lists, or None.
+        backend: attention backend, for one call more.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scale: float
+    lse: torch.Tensor | None = None
+    attn_mask: torch.Tensor | None = None
+    lists: BlockLists | None = None
+    backend: Any = None
+
+    def of(self, batch: range, heads: tuple[int, ...] | None) -> AttentionCall:
+        """The call of some batch rows and heads; views, but for chosen heads."""
+        rows = slice(batch.start, batch.stop)
+        query, key, lse, mask = self.query[rows], self.key[rows], self.lse, self.attn_mask
+        lse = None if lse is None else lse[rows]
+        mask = mask if mask is None or mask.shape[0] == 1 else mask[rows]
+        lists = None if self.lists is None else part_of(self.lists, batch, heads)
+        if heads is not None:
+            groups = query.shape[2] // key.shape[2]
+            query, key = query[:, :, list(heads)], key[:, :, [head // groups for head in heads]]
+            lse = None if lse is None else lse[:, list(heads)]
+            mask = mask if mask is None or mask.shape[1] == 1 else mask[:, list(heads)]
+        return replace(self, query=query, key=key, lse=lse, attn_mask=mask, lists=lists)
+
+    def bias(self, rows: Tokens) -> torch.Tensor | None:
+        """attn_mask of some queries."""
+        mask = self.attn_mask
+        return mask if mask is None or mask.shape[2] == 1 else rows.of(mask, 2)
+
+    def hide(self, part: torch.Tensor, rows: Tokens, columns: Tokens) -> torch.Tensor:
+        """Scores (B, H, R, T), biased, and -inf where a pair is not attended; changes them in place."""
+        bias = self.bias(rows)
+        if bias is not None:
+            bias = columns.of(bias, 3)
+            part = part.masked_fill_(~bias, float("-inf")) if bias.dtype == torch.bool else part.add_(bias)
+        if self.lists is not None:
+            pairs = rows.positions(part.device), columns.positions(part.device)
+            part = part.masked_fill_(~attended_pairs(self.lists, *pairs), float("-inf"))
+        return part
+
+    @property
+    def masked(self) -> bool:
+        return self.attn_mask is not None or self.lists is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Weights (B, H, R, T), float32 (float64 of float64), of queries from `row` and keys from `column` on."""
+
+    row: int
+    column: int
+    weights: torch.Tensor
+
+
+def choose_route(call: AttentionCall, rows: int, columns: int) -> Route:
+    """The cheapest exact route for weights of `rows` queries and `columns` keys."""
+    if call.lse is not None:
+        return "lse"
+    if call.query.dtype not in (torch.float32, torch.float64):
+        return "chunked"  # the output of one_hot is rounded to 16 bits
+    length, dim = call.key.shape[1], call.query.shape[3]
+    # Multiply-adds for each query and head.
+    chunked = _TILE_COST * length * dim + columns * dim
+    one_hot = 2 * length * dim * -(-columns // dim)
+    if call.lists is not None:  # one_hot runs every query, but only the blocks that are attended
+        one_hot *= call.lists.density() * call.query.shape[1] / rows
+    return "one_hot" if one_hot < chunked else "chunked"
+
+
+def working_bytes(route: Route | None, call: AttentionCall, tile_bytes: int) -> int:
+    """What a route needs at a time, its tiles of `tile_bytes`: scores, their mask, their exponentials."""
+    numbers = call.query.numel() + call.key.numel() if route == "one_hot" else 0
+    return 3 * tile_bytes + numbers * call.query.element_size()
+
+
+def weights(
+    call: AttentionCall, rows: Tokens, columns: Tokens, route: Route, tile_bytes: int
+) -> Iterator[Part]:
+    """The softmax weights of some queries and keys, in parts that cover each pair once.
+
+    The softmax is over all keys that the mask of the call attends. A query that attends nothing has none.
+
+    Args:
+        call: what the kernel was given.
+        rows: of the queries.
+        columns: of the keys.
+        route: "lse" needs `call.lse`.
+        tile_bytes: of scores at a time.
+    """
+    if route == "one_hot":
+        yield from _one_hot(call, rows, columns)
+        return
+    lse = call.lse if route == "lse" else None
+    lse = _recomputed(call, rows, tile_bytes) if lse is None else rows.of(lse, 2)
+    key = columns.of(call.key, 1)
+    batch, _, heads, _ = call.query.shape
+    step = max(tile_bytes // (4 * batch * heads * columns.count), 1)
+    for start in range(0, rows.count, step):
+        part = rows.part(start, start + step)
+        norm = lse[..., start : start + step].unsqueeze(-1)
+        tile = call.hide(scores(part.of(call.query, 1), key, call.scale), part, columns)
+        tile = tile.sub_(norm).exp_()
+        if call.masked:  # a query without keys has lse -inf and no weights
+            tile = tile.masked_fill_(norm == float("-inf"), 0.0)
+        yield Part(start, 0, tile)
+
+
+def _recomputed(call: AttentionCall, rows: Tokens, tile_bytes: int) -> torch.Tensor:
+    """(B, H, R): log-sum-exp of some queries over all their keys."""
+
+    def hide(part: torch.Tensor, queries: slice, keys: slice) -> torch.Tensor:
+        wanted = rows.part(queries.start, queries.stop)
+        return call.hide(part, wanted, Tokens(keys.start, keys.stop - keys.start))
+
+    query = rows.of(call.query, 1)
+    return tiled_logsumexp(query, call.key, call.scale, hide if call.masked else None, tile_bytes)
+
+
+def _one_hot(call: AttentionCall, rows: Tokens, columns: Tokens) -> Iterator[Part]:
+    query, bias = rows.of(call.query, 1), call.bias(rows)
+    if call.lists is not None:
+        query, bias = call.query, None  # lists are for all queries
+    batch, length, kv_heads, dim = call.key.shape
+    for start in range(0, columns.count, dim):
+        wanted = columns.part(start, start + dim)
+        place = wanted.positions(call.key.device)
+        value = call.key.new_zeros(batch, length, dim)
+        channel = torch.arange(wanted.count, device=place.device)
+        value[torch.arange(batch, device=place.device)[:, None], place, channel] = 1.0
+        out: Any = attend(
+            query,
+            call.key,
+            value.unsqueeze(2).expand(-1, -1, kv_heads, -1),
+            mask=call.lists,
+            attn_mask=bias,
+            scale=call.scale,
+            backend=call.backend,
+        )
+        if call.lists is not None:
+            out = rows.of(out, 1)
+        yield Part(0, start, out[..., : wanted.count].transpose(1, 2).to(wide_dtype(out.dtype)))
