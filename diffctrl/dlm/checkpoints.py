@@ -93,9 +93,10 @@ class Checkpoint:
             BadRequestError: there are none, or one that the index names is missing.
         """
         if (self.folder / _INDEX).is_file():
-            shards = _table(self.folder, _INDEX, self.name).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise BadRequestError(f"{self.name}: {_INDEX} has no weight_map")
+            index = _table(self.folder, _INDEX, self.name)
+            shards = index.get("weight_map")
+            if not isinstance(shards, dict) or not shards or "metadata" not in index:
+                raise BadRequestError(f"{self.name}: {_INDEX} lacks weight_map or metadata")
             names = sorted(set(map(str, shards.values())))
         else:
             names = [_WEIGHTS]

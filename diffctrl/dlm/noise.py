@@ -18,9 +18,9 @@ def row_generators(seeds: Seeds, rows: int) -> list[torch.Generator]:
 
     Args:
         seeds: a whole number s, for seeds s, s + 1, ...; a generator, from which s is drawn; one of either
-            for each row; None for fresh ones. Generators made here are on the CPU whatever the model's device, so
-            that a seed means the same noise everywhere; pass generators of the device where drawing on it is
-            too slow (temperature > 0 with a large vocabulary).
+            for each row; None for fresh ones. Generators made here are on the CPU whatever the model's
+            device, so that a seed means the same noise everywhere; pass generators of the device where
+            drawing on the CPU is too slow (temperature > 0 with a large vocabulary).
         rows: of the batch.
 
     Raises:
