@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffctrl.control import Context, ControlHandle, Published, Rows, apply
+from diffctrl.control.control import Guidance
 from diffctrl.control.install import denoisers
 from diffctrl.control.prefix import map_kept
 from diffctrl.control.twin import prediction_of, with_prediction
@@ -29,20 +30,40 @@ class Candidates:
     """Which heads each conditional row's twin perturbs, in the batch that runs; set before it is sampled.
 
     Attributes:
-        sets: one head set for each conditional row.
-        alike: whether all rows still hold the same latents and prompt, so that one stands for all of them.
-            True until the first perturbed forward of a batch.
+        sets: one head set for each conditional row; where all are empty, no twin is run.
+        groups: one number for each conditional row; rows of a number start from the same latents and prompt.
+        alike: whether rows of a group are still the same, so that one stands for all of them. True until the
+            first perturbed forward of a batch.
         block_calls, block_rows: attention blocks that ran, and the batch rows that went through them.
     """
 
     sets: tuple[tuple[Head, ...], ...] = ()
+    groups: tuple[int, ...] = ()
     alike: bool = False
     block_calls: int = 0
     block_rows: int = 0
 
-    def begin(self, sets: Sequence[Sequence[Head]], *, alike: bool = True) -> None:
+    def begin(self, sets: Sequence[Sequence[Head]], groups: Sequence[int]) -> None:
         """A new batch."""
-        self.sets, self.alike = tuple(tuple(each) for each in sets), alike
+        self.sets, self.groups, self.alike = tuple(tuple(each) for each in sets), tuple(groups), True
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the batch has a perturbed row, or none is known yet."""
+        return not self.sets or any(self.sets)
+
+
+class _Guidance:
+    """SoftPAG's guidance, at rest while a batch perturbs nothing."""
+
+    def __init__(self, guidance: Guidance, candidates: Candidates) -> None:
+        self._guidance, self._candidates = guidance, candidates
+
+    def active(self, context: Context) -> bool:
+        return self._candidates.perturbs and self._guidance.active(context)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guidance, name)
 
 
 class CandidateSoftPAGAttnProcessor(SoftPAGAttnProcessor):
@@ -57,6 +78,11 @@ class CandidateSoftPAGAttnProcessor(SoftPAGAttnProcessor):
     def __init__(self, universe: Universe, candidates: Candidates, config: SoftPAGConfig) -> None:
         super().__init__(config=config)
         self._universe, self._candidates = universe, candidates
+        self._resting: Any = _Guidance(super().guidance, candidates)
+
+    @property
+    def guidance(self) -> Any:
+        return self._resting
 
     def describe(self) -> str:
         return f"headhunt({len(self._universe.heads)} heads, u={self.config.u:g}, w={self.config.w:g})"
@@ -83,7 +109,8 @@ class CandidateSoftPAGAttnProcessor(SoftPAGAttnProcessor):
             raise RuntimeError(
                 f"the batch has {twins} conditional rows, but {len(sets)} head sets were given"
             )
-        first = len(_leaders(rows)) if self._candidates.alike else rows.perturbed[0]
+        alike = self._candidates.alike
+        first = len(_leaders(rows, self._candidates.groups)[0]) if alike else rows.perturbed[0]
         key = (sets, first, info.device)
         if previous is not None and previous.key == key:
             return previous
@@ -104,9 +131,21 @@ class CandidateSoftPAGAttnProcessor(SoftPAGAttnProcessor):
         return weight[:, heads].to(info.device), heads.to(info.device)
 
 
-def _leaders(rows: Rows) -> tuple[int, ...]:
-    """The rows that stand for all others while they are alike: one unconditional, one conditional."""
-    return tuple(start for start, stop in (rows.uncond, rows.cond) if start < stop)
+def _leaders(rows: Rows, groups: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(rows that stand for the others while they are alike, the place among them of each stock row).
+
+    A pair of prompt and seed has one unconditional and one conditional row that do.
+    """
+    leaders: list[int] = []
+    places: list[int] = []
+    for start, stop in (rows.uncond, rows.cond):
+        first: dict[int, int] = {}
+        for row, group in zip(range(start, stop), groups, strict=False):
+            if group not in first:
+                first[group] = len(leaders)
+                leaders.append(row)
+            places.append(first[group])
+    return leaders, places
 
 
 def take_rows(value: Any, total: int, index: Tensor) -> Any:
@@ -139,24 +178,21 @@ class _SharedFirst:
         if rows is None or not self._candidates.alike:
             return None
         twins = range(*rows.perturbed)
-        self._candidates.alike = not twins
-        leaders = _leaders(rows)
+        self._candidates.alike = not twins and self._candidates.perturbs
+        leaders, places = _leaders(rows, self._candidates.groups)
         call = family.bind(model, args, kwargs)
         if not leaders or family.auxiliary(call):
             return None
         index = torch.tensor([*leaders, *twins])
         for name in family.batched:
             if name in call:
-                _check_alike(name, call[name], rows)
+                _check_alike(name, call[name], rows, leaders, places)
                 call[name] = take_rows(call[name], rows.total, index)
         for name in family.grouped:
             if call.get(name) is not None:
                 grouped = call[name].unflatten(0, (rows.total, -1))
                 call[name] = take_rows(grouped, rows.total, index).flatten(0, 1)
-        spread: list[int] = []
-        for place, (start, stop) in enumerate(r for r in (rows.uncond, rows.cond) if r[0] < r[1]):
-            spread += [place] * (stop - start)
-        self._restore = torch.tensor([*spread, *range(len(leaders), len(index))])
+        self._restore = torch.tensor([*places, *range(len(leaders), len(index))])
         return (), call
 
     def after(self, model: nn.Module, args: tuple, output: Any) -> Any:
@@ -170,13 +206,13 @@ class _SharedFirst:
         return with_prediction(output, take_rows(prediction_of(output), ran, restore))
 
 
-def _check_alike(name: str, value: Any, rows: Rows) -> None:
-    """Refuse a batch whose conditional rows differ: one could not stand for the others."""
+def _check_alike(name: str, value: Any, rows: Rows, leaders: list[int], places: list[int]) -> None:
+    """Refuse a batch in which a row differs from the one that would stand for it."""
     if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != rows.total:
         return
-    for start, stop in (rows.uncond, rows.cond):
-        if stop - start > 1 and not torch.equal(value[start:stop], value[start].expand_as(value[start:stop])):
-            raise RuntimeError(f"{name}: the rows of a batch of candidates start from different values")
+    standing = value[torch.tensor([leaders[place] for place in places], device=value.device)]
+    if not torch.equal(value[: len(places)], standing):
+        raise RuntimeError(f"{name}: the rows of a batch of candidates start from different values")
 
 
 @contextmanager

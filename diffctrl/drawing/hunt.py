@@ -24,9 +24,13 @@ from diffctrl.softpag.headhunt import (
     Setting,
     Universe,
 )
+from diffctrl.softpag.headhunt.scoring import scorer_of
 from diffctrl.softpag.headset import HeadSet
 
-# prompt -> arguments of the pipeline's call; tensors whose first axis is 1 are repeated for the batch.
+# Pixels of a batch that are decoded in one go, and prompts whose embeddings are kept.
+_DECODED_AT_ONCE = 1 << 23
+_ENCODED = 1024
+# prompt -> arguments of the pipeline's call; tensors whose first axis is 1 become the rows of a batch.
 Encode = Callable[[str], Mapping[str, Any]]
 
 
@@ -59,10 +63,9 @@ class PipelineSampler:
         self._encoded: dict[str, Mapping[str, Any]] = {}
         self.candidates = Candidates()
         self._stack = ExitStack()
-        vae: Any = getattr(pipe, "vae", None)
-        if hasattr(vae, "use_slicing"):  # decoding a whole batch at once takes more memory than sampling it
-            self._stack.callback(setattr, vae, "use_slicing", vae.use_slicing)
-            vae.use_slicing = True
+        self._vae: Any = getattr(pipe, "vae", None)
+        if hasattr(self._vae, "use_slicing"):
+            self._stack.callback(setattr, self._vae, "use_slicing", self._vae.use_slicing)
         settings = SoftPAGConfig(**config.settings())
         self._stack.enter_context(hunting(pipe, universe or Universe.of(pipe), self.candidates, settings))
 
@@ -70,15 +73,19 @@ class PipelineSampler:
         """Take the control off."""
         self._stack.close()
 
-    def sample(self, pair: Pair, sets: Sequence[tuple[Head, ...]]) -> Any:
-        """One picture per set of perturbed heads, from the same prompt and noise."""
-        if pair.prompt not in self._encoded:
-            self._encoded = {pair.prompt: self._encode(pair.prompt)}  # units come pair by pair
-        self.candidates.begin(sets)
-        batch = len(sets)
-        arguments = {name: _repeated(value, batch) for name, value in self._encoded[pair.prompt].items()}
+    def sample(self, pairs: Sequence[Pair], sets: Sequence[tuple[Head, ...]]) -> Any:
+        """One picture per pair of prompt and seed, with the set of perturbed heads at its place."""
+        places = {pair: index for index, pair in enumerate(dict.fromkeys(pairs))}
+        self.candidates.begin(sets, [places[pair] for pair in pairs])
+        encoded = [self._encoding(pair.prompt) for pair in pairs]
+        arguments = {name: _joined([each[name] for each in encoded]) for name in encoded[0]}
         # On the CPU whatever the device, one generator per row: a seed means the same noise in any batch.
-        generators = [torch.Generator("cpu").manual_seed(pair.seed) for _ in sets]
+        generators = [torch.Generator("cpu").manual_seed(pair.seed) for pair in pairs]
+        if hasattr(
+            self._vae, "use_slicing"
+        ):  # decoding large pictures at once takes more memory than sampling
+            height, width = self._call.get("height") or 1024, self._call.get("width") or 1024
+            self._vae.use_slicing = len(pairs) * height * width > _DECODED_AT_ONCE
         with torch.no_grad():
             output = self._pipe(
                 **arguments,
@@ -90,11 +97,20 @@ class PipelineSampler:
             )
         return output[0]
 
+    def _encoding(self, prompt: str) -> Mapping[str, Any]:
+        if prompt not in self._encoded:
+            while len(self._encoded) >= _ENCODED:
+                del self._encoded[next(iter(self._encoded))]
+            self._encoded[prompt] = self._encode(prompt)
+        return self._encoded[prompt]
 
-def _repeated(value: Any, batch: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.repeat_interleave(batch, dim=0) if value.ndim and value.shape[0] == 1 else value
-    return [value] * batch if isinstance(value, str) else value
+
+def _joined(values: list[Any]) -> Any:
+    """One argument for a batch of rows from that of each row."""
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(values) if first.ndim and first.shape[0] == 1 else first
+    return values if isinstance(first, str) else first
 
 
 def _encoder(pipe: Any, config: HuntConfig, call: Mapping[str, Any]) -> Encode:
@@ -127,6 +143,7 @@ class PipelineFactory:
     universe: Universe | None = None
     encode: Encode | None = None
     output_type: str = "pt"
+    scorers: int = 0
 
     def __call__(self, index: int) -> Evaluator:
         sampler = PipelineSampler(
@@ -137,7 +154,7 @@ class PipelineFactory:
             encode=self.encode,
             output_type=self.output_type,
         )
-        evaluator = Evaluator(sampler, self.goal)
+        evaluator = Evaluator(sampler, scorer_of(self.goal, self.scorers))
         evaluator.closing.callback(sampler.close)
         return evaluator
 
@@ -154,6 +171,7 @@ def hunt(
     encode: Encode | None = None,
     output_type: str = "pt",
     engine: Callable[[PipelineFactory], Engine] = InProcess,
+    scorers: int = 0,
     **progress: Any,
 ) -> HeadSet:
     """Search the heads of a pipeline in this process.
@@ -168,6 +186,7 @@ def hunt(
         log: a folder that makes the search resumable.
         encode, output_type: as in `PipelineSampler`.
         engine: who runs it.
+        scorers: processes that score beside this one, for objectives that read pictures on the CPU.
         progress: `on_progress` of `Search`.
     """
     config = config or HuntConfig()
@@ -177,7 +196,7 @@ def hunt(
         )
     universe = Universe.of(pipe)
     setting = Setting(model=dict(model or {}), sampling=sampling_of(pipe.scheduler, call, _dtype(pipe)))
-    factory = PipelineFactory(pipe, goal, config, call, universe, encode, output_type)
+    factory = PipelineFactory(pipe, goal, config, call, universe, encode, output_type, scorers)
     with engine(factory) as running, JobLog(log, running.writer) as jobs:
         return Search(universe, pairs, config, setting, goal, running, jobs, **progress).run()
 

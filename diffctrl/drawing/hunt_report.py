@@ -35,7 +35,10 @@ def samples(plan: HuntPlan, found: HeadSet) -> Image:
     sampler = PipelineSampler(plan.load(), plan.config, plan.call)
     try:
         lines = [
-            (f"{pair.prompt} (seed {pair.seed})", [_picture(each) for each in sampler.sample(pair, sets)])
+            (
+                f"{pair.prompt} (seed {pair.seed})",
+                [_picture(each) for each in sampler.sample([pair] * len(sets), sets)],
+            )
             for pair in plan.pairs[:_PAIRS]
         ]
     finally:

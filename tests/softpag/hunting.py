@@ -20,6 +20,7 @@ from diffctrl.softpag.headhunt import (
     Setting,
     Universe,
 )
+from diffctrl.softpag.headhunt.scoring import Here
 from diffctrl.softpag.headset import Signature
 
 HEADS = tuple(Head(layer, index) for layer in range(3) for index in range(4))
@@ -48,12 +49,13 @@ class ToySampler:
     def __init__(self, kill_after=math.inf):
         self.asked, self._left = [], kill_after
 
-    def sample(self, pair, sets):
+    def sample(self, pairs, sets):
         if self._left <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
         self._left -= 1
-        self.asked += [(pair, heads) for heads in sets]
-        return [(pair, heads) for heads in sets]
+        made = list(zip(pairs, sets, strict=True))
+        self.asked += made
+        return made
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Additive:
 
 def factory(index):
     """For workers: importable, and nothing to load."""
-    return Evaluator(ToySampler(), Goal((Additive(),)))
+    return Evaluator(ToySampler(), Here(Goal((Additive(),))))
 
 
 def search(folder=None, *, config=None, goal=None, engine=None, make=factory, pairs=PAIRS, setting=SETTING):
@@ -97,7 +99,7 @@ def search(folder=None, *, config=None, goal=None, engine=None, make=factory, pa
 
 def with_goal(goal, sampler=None):
     """A factory of this process for some goal."""
-    return lambda index: Evaluator(sampler or ToySampler(), goal)
+    return lambda index: Evaluator(sampler or ToySampler(), Here(goal))
 
 
 def killed(folder, batches):

@@ -212,7 +212,7 @@ def test_killed_search_resumes_without_repeating_work(reference, tmp_path):
     assert done.returncode == -9, done.stderr
     (file,) = tmp_path.iterdir()
     before = file.read_bytes()
-    assert before.count(b"\n") == 65 + 11 + 10  # 13 and 11 candidates: batches of 5, 5, 3 and 5, 5, 1
+    assert before.count(b"\n") == 65 + 5 + 6 * 5  # a round, then the set of the next and 6 batches of it
     file.write_bytes(before[:-40])  # and half a line is lost
     headset, computed = search(tmp_path)
     assert headset == reference
@@ -245,7 +245,6 @@ def test_other_settings_share_no_scores(tmp_path):
 def test_job_keys_are_of_everything():
     base = Job(1, HEADS[:2], HEADS[3], Pair("a painting of a landscape in style A", 0))
     others = [
-        Job(2, HEADS[:2], HEADS[3], base.pair),
         Job(1, HEADS[:1], HEADS[3], base.pair),
         Job(1, HEADS[:2], HEADS[4], base.pair),
         Job(1, HEADS[:2], None, base.pair),
@@ -256,18 +255,27 @@ def test_job_keys_are_of_everything():
     keys = [job.key(conf) for job in (base, *others)]
     keys.append(base.key(configuration(CONFIG, SETTING, {"name": "x", "version": "2"})))
     assert len(set(keys)) == len(keys)
-    assert base.key(conf) == Job(1, HEADS[1::-1], HEADS[3], base.pair).key(
-        conf
-    )  # order of choice is no matter
+    # A set is a set: order, round, and which of its heads is the candidate do not matter.
+    for same in (
+        Job(1, HEADS[1::-1], HEADS[3], base.pair),
+        Job(2, HEADS[:2], HEADS[3], base.pair),
+        Job(3, (*HEADS[:2], HEADS[3]), None, base.pair),
+    ):
+        assert base.key(conf) == same.key(conf)
 
 
-def test_units_hold_one_pair_in_the_order_of_the_model():
-    jobs = [Job(1, (), head, pair) for head in HEADS for pair in PAIRS]
-    units = units_of(jobs, 5)
-    assert sorted(len(unit.jobs) for unit in units) == [2] * 5 + [5] * 10
-    for unit in units:
-        assert len({job.pair for job in unit.jobs}) == 1
-        assert list(unit.jobs) == sorted(unit.jobs, key=lambda job: HEADS.index(job.head))
+def test_units_hold_jobs_that_begin_at_one_depth():
+    jobs = [Job(1, (), head, pair) for head in (None, *HEADS) for pair in PAIRS]
+    units = units_of(jobs, 10, UNIVERSE.depth)
+    assert [len(unit.jobs) for unit in units] == [10] * 6 + [5]
+    assert [sorted({UNIVERSE.depth(job) for job in unit.jobs}) for unit in units] == [
+        *([[0]] * 2 + [[1]] * 2 + [[2]] * 2),
+        [3],  # the set alone perturbs nothing in the first round
+    ]
+    assert [len({job.pair for job in unit.jobs}) for unit in units] == [3] * 6 + [5]
+    assert {job for unit in units for job in unit.jobs} == set(jobs)
+    # Heads that are chosen already count too.
+    assert UNIVERSE.depth(Job(2, HEADS[:1], HEADS[-1], PAIRS[0])) == 0
 
 
 def test_log_lines_of_other_kinds_are_counted_not_believed(tmp_path):
@@ -300,8 +308,10 @@ def test_cost_is_what_is_computed():
     planned = cost(UNIVERSE, PAIRS, CONFIG, steps=4)
     assert planned.images == JOBS
     assert planned.naive_forwards == JOBS * 4 * 2
-    batches = (3 + 3 + 2 + 1) * 5
-    assert planned.forwards == planned.naive_forwards - (JOBS - batches)
+    assert planned.batches == (1 + 12) + (1 + 10) + (1 + 8) + 1
+    # In a batch of 5, 2 or 3 pairs share their first conditional row; 12, 10 and 8 heads, and the sets.
+    leaders = (3 * 8 + 5) + (2 * 8 + 6 + 5) + (2 * 8 + 5) + 5
+    assert planned.forwards == planned.naive_forwards - (JOBS - leaders)
 
 
 @pytest.mark.parametrize(

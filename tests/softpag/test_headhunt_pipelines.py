@@ -68,8 +68,8 @@ def test_a_batch_of_candidates_equals_the_loop(name, settings):
     stock = [module.processor for module in denoiser(pipe).modules() if hasattr(module, "processor")]
     expected = _loop(pipe, encode, pair, sets, config)
     sampler = PipelineSampler(pipe, config, CALL, encode=encode, output_type="latent")
-    found = sampler.sample(pair, sets)
-    again = sampler.sample(pair, sets[::-1]).flip(0)
+    found = sampler.sample([pair] * len(sets), sets)
+    again = sampler.sample([pair] * len(sets), sets[::-1]).flip(0)
     counts = sampler.candidates
     sampler.close()
     scale = expected.abs().max()
@@ -111,7 +111,7 @@ def test_every_target_and_mode_can_be_searched(name, settings):
     for sets in ([(heads[2],), (heads[3],), (), (heads[2], heads[3])], [(heads[0],), (heads[-1],)], [()]):
         expected = _loop(pipe, encode, pair, sets, config)
         sampler = PipelineSampler(pipe, config, CALL, encode=encode, output_type="latent")
-        found = sampler.sample(pair, sets)
+        found = sampler.sample([pair] * len(sets), sets)
         sampler.close()
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -124,7 +124,7 @@ def test_prefixes_are_not_computed_twice(name):
         sets = [(head,) for head in universe.heads if head.layer == layer]
         config = HuntConfig(mode="prefix", guidance_scale=0.0)
         sampler = PipelineSampler(pipe, config, CALL, encode=encode, output_type="latent")
-        sampler.sample(Pair("x", 1), sets)
+        sampler.sample([Pair("x", 1)] * len(sets), sets)
         sampler.close()
         # The first conditional prediction is shared, and perturbed passes start at their block.
         rows = len(sets) * 4 * (2 * universe.layers - layer) - (len(sets) - 1) * universe.layers
@@ -139,7 +139,7 @@ def test_rows_that_start_apart_are_noticed():
     embeds["prompt_embeds"][1] += 1
     sampler = PipelineSampler(pipe, HuntConfig(), CALL, encode=lambda prompt: embeds, output_type="latent")
     with pytest.raises(RuntimeError, match="start from different values"):
-        sampler.sample(Pair("x", 0), [(Head(0, 0),), (Head(0, 1),)])
+        sampler.sample([Pair("x", 0)] * 2, [(Head(0, 0),), (Head(0, 1),)])
     sampler.close()
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from diffctrl.softpag.headhunt.jobs import Pair, Unit
-from diffctrl.softpag.headhunt.ranking import Goal
+from diffctrl.softpag.headhunt.scoring import Scorer, Values
 from diffctrl.softpag.heads import Head
 
-Values = list[tuple[float, ...]]
 # (unit, its values, whether they are new: values that another process has logged itself are not).
 OnUnit = Callable[[Unit, Values, bool], None]
 
@@ -22,8 +22,8 @@ OnUnit = Callable[[Unit, Values, bool], None]
 class Sampler(Protocol):
     """Makes pictures."""
 
-    def sample(self, pair: Pair, sets: Sequence[tuple[Head, ...]]) -> Any:
-        """One picture per set of perturbed heads, all from the pair's prompt and seed."""
+    def sample(self, pairs: Sequence[Pair], sets: Sequence[tuple[Head, ...]]) -> Any:
+        """One picture per pair, with the set of perturbed heads at its place."""
         ...
 
 
@@ -36,12 +36,21 @@ class Evaluator:
     """
 
     sampler: Sampler
-    goal: Goal
+    scorer: Scorer
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
+    def begin(self, unit: Unit) -> Callable[[], Values]:
+        """Sample a unit and hand its pictures to the scorer; the values are asked for later."""
+        pairs = [job.pair for job in unit.jobs]
+        images = self.sampler.sample(pairs, [job.heads for job in unit.jobs])
+        return self.scorer.submit(images, [pair.prompt for pair in pairs])
+
     def evaluate(self, unit: Unit) -> Values:
-        images = self.sampler.sample(unit.pair, [job.heads for job in unit.jobs])
-        return self.goal.score(images, [job.pair.prompt for job in unit.jobs])
+        return self.begin(unit)()
+
+    def close(self) -> None:
+        self.scorer.close()
+        self.closing.close()
 
 
 # Called in the process that will evaluate, with its index; must be picklable for several processes.
@@ -79,20 +88,29 @@ class InProcess:
 
     def __exit__(self, *exception: object) -> None:
         if self._evaluator is not None:
-            self._evaluator.closing.close()
+            self._evaluator.close()
             self._evaluator = None
 
     def ready(self) -> None:
         pass
 
-    def _evaluate(self, unit: Unit, index: int = 0) -> Values:
-        if self._evaluator is None:
+    def _evaluated(self, units: Sequence[Unit], index: int = 0) -> Iterator[tuple[Unit, Values]]:
+        """The units with their values, in order; a few are sampled before the first of them is scored."""
+        if self._evaluator is None and units:
             self._evaluator = self._factory(index)
-        return self._evaluator.evaluate(unit)
+        begun: deque[tuple[Unit, Callable[[], Values]]] = deque()
+        for unit in units:
+            assert self._evaluator is not None
+            begun.append((unit, self._evaluator.begin(unit)))
+            if len(begun) > self._evaluator.scorer.ahead:
+                first, values = begun.popleft()
+                yield first, values()
+        for unit, values in begun:
+            yield unit, values()
 
     def run(self, units: Sequence[Unit], on_unit: OnUnit) -> None:
-        for unit in units:
-            on_unit(unit, self._evaluate(unit), True)
+        for unit, values in self._evaluated(units):
+            on_unit(unit, values, True)
 
 
 class Processes:
@@ -184,12 +202,13 @@ class Ranks(InProcess):
     def run(self, units: Sequence[Unit], on_unit: OnUnit) -> None:
         from accelerate.utils import gather_object
 
-        mine: list[tuple[int, Values]] = []
         # Not `split_between_processes`: where units are few, it hands the last one to several ranks.
-        for index in range(self._state.process_index, len(units), self._state.num_processes):
-            values = self._evaluate(units[index], self._state.local_process_index)
+        places = range(self._state.process_index, len(units), self._state.num_processes)
+        mine: list[tuple[int, Values]] = []
+        own = self._evaluated([units[index] for index in places], self._state.local_process_index)
+        for index, (unit, values) in zip(places, own, strict=True):
             mine.append((index, values))
-            on_unit(units[index], values, True)
+            on_unit(unit, values, True)
         for index, values in gather_object(mine):
             on_unit(units[index], values, False)
 

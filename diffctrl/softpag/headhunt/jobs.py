@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffctrl.softpag.heads import Head
 
 # A change here forgets the logs of earlier versions instead of mixing scores of two meanings.
-_KEY_VERSION = 1
+_KEY_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,9 @@ class HuntConfig:
         guidance_scale: classifier-free guidance during the search; 1 is off, as published.
         batch: candidates that are sampled together. It does not change what is found.
         stop_early: end before a round whose best candidate does not beat the current set.
+        prune: stop scoring a candidate once full marks on the pairs that are left could not bring it among
+            the chosen. Exact: the same heads with the same scores. It needs a goal of one objective whose
+            values have bounds; others, and searches with `halving`, score in full.
         halving: score every candidate on the first half of the pairs, and only the better half of them on
             the rest. Approximate: it can lose a head; the head set names it.
 
@@ -49,6 +52,7 @@ class HuntConfig:
     guidance_scale: float = 1.0
     batch: int = 16
     stop_early: bool = False
+    prune: bool = True
     halving: bool = False
 
     def __post_init__(self) -> None:
@@ -107,14 +111,15 @@ class Job:
         return self.selected if self.head is None else (*self.selected, self.head)
 
     def key(self, configuration: str) -> str:
-        """A hash of all that decides the score; a prompt enters whole, so that none can pass for another."""
+        """A hash of all that decides the score; a prompt enters whole, so that none can pass for another.
+
+        A set of heads is scored once, in whichever round and order it comes up: the current set of a round
+        of one head is the best candidate of the round before.
+        """
         entry = {
             "v": _KEY_VERSION,
             "config": configuration,
-            "round": self.round,
-            # The perturbation does not depend on the order in which heads were chosen.
-            "selected": sorted(str(head) for head in self.selected),
-            "head": None if self.head is None else str(self.head),
+            "heads": sorted(str(head) for head in self.heads),
             "prompt": self.pair.prompt,
             "seed": self.pair.seed,
         }
@@ -123,13 +128,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Jobs of one pair that are sampled in one batch; neighbours in the model, so that prefixes coincide."""
+    """Jobs that are sampled in one batch; neighbours in the model, so that prefixes coincide."""
 
     jobs: tuple[Job, ...]
-
-    @property
-    def pair(self) -> Pair:
-        return self.jobs[0].pair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,13 +164,12 @@ def digest(entry: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def units_of(jobs: list[Job], batch: int) -> list[Unit]:
-    """Jobs in batches: in order within each pair, no batch across two pairs."""
-    by_pair: dict[Pair, list[Job]] = {}
-    for job in jobs:
-        by_pair.setdefault(job.pair, []).append(job)
-    return [
-        Unit(tuple(each[start : start + batch]))
-        for each in by_pair.values()
-        for start in range(0, len(each), batch)
-    ]
+def units_of(jobs: Sequence[Job], batch: int, depth: Callable[[Job], int]) -> list[Unit]:
+    """Jobs in batches, those whose perturbation begins deepest in the model last.
+
+    A batch runs from its first perturbed block on, so that jobs of one depth belong together, whatever their
+    pairs; within a depth, jobs of one pair are neighbours, as they share the first conditional prediction.
+    """
+    places = {pair: index for index, pair in enumerate(dict.fromkeys(job.pair for job in jobs))}
+    ordered = sorted(jobs, key=lambda job: (depth(job), places[job.pair]))
+    return [Unit(tuple(ordered[start : start + batch])) for start in range(0, len(ordered), batch)]

@@ -18,7 +18,12 @@ _SPEC = re.compile(r"(?P<name>[A-Za-z_]+)(?::(?P<argument>[^=]+))?(?:=(?P<weight
 
 @runtime_checkable
 class Objective(Protocol):
-    """A score of pictures. The version changes whenever scores do: logs and head sets carry it."""
+    """A score of pictures. The version changes whenever scores do: logs and head sets carry it.
+
+    Two more attributes are read where there are any: `bounds`, its least and largest value, which lets a
+    search leave out what cannot be chosen any more, and `apart`, True where it reads one picture after
+    another on the CPU, so that several processes score faster than one.
+    """
 
     name: str
     version: str
@@ -32,6 +37,7 @@ class JudgeObjective:
     """The share of the facts a prompt names that the embedded models' judge finds in the picture."""
 
     name, version = "judge", "1"
+    bounds, apart = (0.0, 1.0), True
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         from diffctrl.zoo import judge
@@ -47,6 +53,7 @@ class StyleObjective:
     """1 where the judge calls the picture this style, whatever the prompt."""
 
     version = "1"
+    bounds, apart = (0.0, 1.0), True
 
     def __init__(self, style: str) -> None:
         from diffctrl.zoo.worlds import vocabulary

@@ -117,19 +117,37 @@ class Goal:
         name = self.ranking.name([part.name for part in self.parts])
         return {"name": name, "version": ",".join(part.version for part in self.parts)}
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Least and largest value, where the goal is one objective that has them."""
+        if not isinstance(self.ranking, Single):
+            return None
+        return getattr(self.parts[0], "bounds", None)
+
     def score(self, images: Any, prompts: Sequence[str]) -> list[tuple[float, ...]]:
         """One value per part for each picture; what is not finite becomes NaN.
 
         Raises:
             ValueError: an objective returned another number of scores.
         """
-        columns = []
-        for part in self.parts:
-            column = [float(value) for value in part.score(images, prompts)]
-            if len(column) != len(prompts):
-                raise ValueError(f"{part.name} returned {len(column)} scores for {len(prompts)} pictures")
-            columns.append([value if math.isfinite(value) else math.nan for value in column])
-        return list(zip(*columns, strict=True))
+        return rows_of([column_of(part, images, prompts) for part in self.parts])
+
+
+def column_of(part: Objective, images: Any, prompts: Sequence[str]) -> list[float]:
+    """One objective's value of each picture.
+
+    Raises:
+        ValueError: it returned another number of values.
+    """
+    column = [float(value) for value in part.score(images, prompts)]
+    if len(column) != len(prompts):
+        raise ValueError(f"{part.name} returned {len(column)} scores for {len(prompts)} pictures")
+    return [value if math.isfinite(value) else math.nan for value in column]
+
+
+def rows_of(columns: Sequence[list[float]]) -> list[tuple[float, ...]]:
+    """One tuple per picture from one list per part."""
+    return list(zip(*columns, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

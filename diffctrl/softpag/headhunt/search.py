@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffctrl.softpag.headhunt.engines import Engine, Values
+from diffctrl.softpag.headhunt.engines import Engine
 from diffctrl.softpag.headhunt.joblog import JobLog
 from diffctrl.softpag.headhunt.jobs import HuntConfig, Job, Pair, Setting, Unit, configuration, units_of
+from diffctrl.softpag.headhunt.race import Race
 from diffctrl.softpag.headhunt.ranking import Goal, Score, as_array, summarise
+from diffctrl.softpag.headhunt.scoring import Values
 from diffctrl.softpag.headhunt.universe import Universe
 from diffctrl.softpag.heads import Head
 from diffctrl.softpag.headset import Chosen, HeadSet
@@ -23,33 +25,37 @@ OnProgress = Callable[[int, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a search costs before it starts, nothing of it in a log yet.
+    """What a search costs at most before it starts, nothing of it in a log yet.
 
     Attributes:
         images: pictures.
+        batches: of them.
         forwards: rows through the denoiser, shared first steps counted once; with mode "prefix" the perturbed
             half of them is shorter, as far as the first perturbed block is deep.
         naive_forwards: rows when each picture is sampled alone.
     """
 
     images: int
+    batches: int
     forwards: int
     naive_forwards: int
 
 
 def cost(universe: Universe, pairs: Sequence[Pair], config: HuntConfig, steps: int) -> Cost:
-    """The cost of a search of all rounds; every picture has a conditional and a perturbed row."""
+    """The cost of a search of all rounds in full; a picture has a conditional and a perturbed row."""
     cfg = config.guidance_scale > 1
-    images = batches = 0
-    for done in range(config.rounds):
-        candidates = max(len(universe.heads) - done * config.top, 0) + 1
-        images += candidates * len(pairs)
-        batches += math.ceil(candidates / config.batch) * len(pairs)
-    images += len(pairs)  # the final set
-    batches += len(pairs)
+    images = batches = leaders = 0
+    for done in range(config.rounds + 1):
+        last = done == config.rounds
+        heads = [] if last else universe.heads[: max(len(universe.heads) - done * config.top, 0)]
+        for candidates in ([None], heads):
+            jobs = [Job(done, (), head, pair) for pair in pairs for head in candidates]
+            units = units_of(jobs, config.batch, universe.depth)
+            images, batches = images + len(jobs), batches + len(units)
+            leaders += sum(len({job.pair for job in unit.jobs}) for unit in units)
     rows = images * steps * (3 if cfg else 2)
-    shared = (images - batches) * (2 if cfg else 1)
-    return Cost(images, rows - shared, rows)
+    shared = (images - leaders) * (2 if cfg else 1)
+    return Cost(images, batches, rows - shared, rows)
 
 
 class Search:
@@ -122,11 +128,14 @@ class Search:
         self, number: int, selected: tuple[Head, ...]
     ) -> tuple[dict[str, Any], list[tuple[Head, Score]]]:
         pool: list[Head] = [head for head in self._universe.heads if head not in selected]
-        pairs, dropped = self._pairs, []
-        if self._config.halving and len(pairs) > 1:
+        dropped: list[dict[str, Any]] = []
+        base = as_array(self._values(number, selected, [None], self._pairs), [None])[0]
+        if self._config.halving and len(self._pairs) > 1:
             pool, dropped = self._better_half(number, selected, pool)
-        table = self._values(number, selected, [*pool, None], pairs)
-        values, base = as_array(table, pool), as_array(table, [None])[0]
+        elif self._config.prune and self._goal.bounds is not None:
+            race = Race(pool, base[:, 0].tolist(), self._goal.bounds, self._config.top)
+            pool, dropped = self._still_possible(number, selected, pool, race)
+        values = as_array(self._values(number, selected, pool, self._pairs), pool)
         scores, current = summarise(self._goal, values, base)
         ranked = sorted(
             zip(pool, scores, strict=True), key=lambda each: each[1].order
@@ -178,6 +187,23 @@ class Search:
         ]
         return [head for head in pool if head in kept], dropped
 
+    def _still_possible(
+        self, number: int, selected: tuple[Head, ...], pool: list[Head], race: Race
+    ) -> tuple[list[Head], list[dict[str, Any]]]:
+        """Candidates that a race scores on every pair, and what is recorded of the others."""
+        pairs = [self._pairs[index] for index in race.order]
+        heads, count = race.next()
+        while heads:
+            table = self._values(number, selected, heads, pairs[:count])
+            race.tell({head: [value[0] for value in table[head]] for head in heads})
+            heads, count = race.next()
+        empty = dict.fromkeys(("mean", "error", "difference", "difference_error"))
+        dropped = [
+            {"head": str(head), **empty, "pairs": scored, "at_most": bound}
+            for head, (scored, bound) in race.left_out().items()
+        ]
+        return race.alive, dropped
+
     def _values(
         self, number: int, selected: tuple[Head, ...], candidates: Sequence[Head | None], pairs: list[Pair]
     ) -> _Table:
@@ -199,7 +225,7 @@ class Search:
             self._on_progress(number, min(done, len(jobs)), len(jobs))
 
         if missing:
-            self._engine.run(units_of(missing, self._config.batch), on_unit)
+            self._engine.run(units_of(missing, self._config.batch, self._universe.depth), on_unit)
         table: _Table = {head: [] for head in candidates}
         for job in jobs:
             value = self._log.get(keys[job])

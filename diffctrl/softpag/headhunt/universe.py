@@ -11,6 +11,7 @@ from diffctrl.softpag.headset import Signature
 
 if TYPE_CHECKING:
     from diffctrl.families import Site
+    from diffctrl.softpag.headhunt.jobs import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,6 @@ class Universe:
         )
         return cls(tuple(places), places, signature, flat)
 
-    def rank(self, head: Head) -> int:
-        """Place of a head in the order that breaks ties."""
-        return self.heads.index(head)
+    def depth(self, job: Job) -> int:
+        """The first layer that a job perturbs; a job without heads comes last."""
+        return min((head.layer for head in job.heads), default=self.layers)
