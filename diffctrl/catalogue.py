@@ -18,6 +18,11 @@ class FamilyEntry:
     model: str
 
 
+TEXT_FAMILIES: dict[str, FamilyEntry] = {
+    "llada": FamilyEntry("LLaDA, LLaDA-1.5 (Llama run in both directions)", "LlamaForCausalLM"),
+    "dream": FamilyEntry("Dream, DiffuCoder (Qwen2 run in both directions)", "Qwen2ForCausalLM"),
+}
+
 FAMILIES: dict[str, FamilyEntry] = {
     "sd3": FamilyEntry("Stable Diffusion 3 / 3.5", "SD3Transformer2DModel"),
     "flux": FamilyEntry("FLUX.1", "FluxTransformer2DModel"),

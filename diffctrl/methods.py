@@ -65,6 +65,15 @@ _ALL = (
         families=None,
         paper="arXiv 2506.10978",
     ),
+    Method(
+        name="sparsed",
+        title="SparseD",
+        summary="long-context diffusion language models faster: each head keeps the key blocks it looks at",
+        config="diffctrl.sparsed:SparseDConfig",
+        processor="diffctrl.processors:SparseDAttnProcessor",
+        families=("llada", "dream"),
+        paper="arXiv 2509.24014",
+    ),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -3,7 +3,9 @@
 from diffctrl.processors.base import ControlAttnProcessor, NeutralAttnProcessor
 from diffctrl.processors.capture import CaptureAttnProcessor
 from diffctrl.processors.softpag import SoftPAGAttnProcessor
+from diffctrl.processors.sparsed import SparseDAttnProcessor
 from diffctrl.softpag import SoftPAGConfig
+from diffctrl.sparsed import SparseDConfig
 
 __all__ = [
     "CaptureAttnProcessor",
@@ -11,4 +13,6 @@ __all__ = [
     "NeutralAttnProcessor",
     "SoftPAGAttnProcessor",
     "SoftPAGConfig",
+    "SparseDAttnProcessor",
+    "SparseDConfig",
 ]

@@ -71,7 +71,7 @@ def _recipe_rows(recipe: Any) -> list[tuple[str, str]]:
 
 def _inventory() -> dict[str, Any]:
     from diffctrl import settings
-    from diffctrl.catalogue import FAMILIES
+    from diffctrl.catalogue import FAMILIES, TEXT_FAMILIES
     from diffctrl.methods import METHODS
     from diffctrl.zoo import registry
 
@@ -91,7 +91,9 @@ def _inventory() -> dict[str, Any]:
             }
             for name, method in METHODS.items()
         },
-        "families": {name: {"title": f.title, "model": f.model} for name, f in FAMILIES.items()},
+        "families": {
+            name: {"title": f.title, "model": f.model} for name, f in (FAMILIES | TEXT_FAMILIES).items()
+        },
     }
 
 

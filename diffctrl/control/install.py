@@ -12,6 +12,7 @@ from diffctrl.control.context import BatchLayout, Context
 from diffctrl.control.control import Control, check_composition, check_control
 from diffctrl.control.hooks import ContextHook
 from diffctrl.families import Site, family_of
+from diffctrl.families.text import is_text_model
 
 _SITE = "diffctrl_site"
 # The denoisers of diffusers' pipelines, in the order in which they run.
@@ -205,10 +206,11 @@ def apply(
     scheduler: Any = None,
     batch_layout: BatchLayout | None = None,
 ) -> ControlHandle:
-    """Put one or several controls on a pipeline or a bare denoiser.
+    """Put one or several controls on a pipeline, a bare denoiser or a language model of transformers.
 
     Args:
-        target: a diffusers pipeline or a bare transformer or UNet.
+        target: a diffusers pipeline, a bare transformer or UNet, a diffusion language model of transformers, or
+            a pipeline with one as its `model`.
         processors: one processor of `diffctrl.processors`, or a list whose controls are composed in order.
         scheduler: where the step index is read; a pipeline's own by default.
         batch_layout: what the batch rows are: "cond", "uncond", "uncond_cond", or "perturbed" for the twins
@@ -240,6 +242,13 @@ def apply(
     try:
         for attachment in attachments:
             attachment.open()
+    language_model = _language_model(target)
+    if language_model is not None:
+        from diffctrl.control.text import apply_text
+
+        if scheduler is not None or batch_layout is not None:
+            raise ValueError("scheduler and batch_layout are for denoisers; a language model takes neither")
+        return apply_text(language_model, controls)
             attachment.install(controls)
     except BaseException:
         for attachment in attachments:
@@ -256,6 +265,13 @@ def set_attn_processor(target: Any, processor: Any) -> ControlHandle:
 def summary(target: Any) -> str:
     """What is active on a pipeline or model, where: one line per model and per control."""
     lines = []
+def _language_model(target: Any) -> Any:
+    """A model of transformers, or the `model` of a pipeline that holds one; None for everything else."""
+    held = target if isinstance(target, nn.Module) else getattr(target, "model", None)
+    held = getattr(held, "_orig_mod", held)
+    return held if is_text_model(held) else None
+
+
     for name, model in denoisers(target).items():
         sites = [getattr(m, _SITE) for m in model.modules() if hasattr(m, _SITE)]
         if not sites:
@@ -263,6 +279,11 @@ def summary(target: Any) -> str:
             continue
         carried = {c: None for s in sites for c in getattr(s.module.processor, "controls", ())}
         lines.append(f"{name} ({type(model).__name__}): {len(sites)} attention modules")
+    language_model = _language_model(target)
+    if language_model is not None:
+        from diffctrl.control.text import summary_text
+
+        return summary_text(language_model)
         for control in carried:
             where = [
                 site.name
