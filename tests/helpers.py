@@ -17,12 +17,14 @@ import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
     FluxTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    WanVACETransformer3DModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -233,6 +235,30 @@ def _wan_ti2v_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, 
     return inputs
 
 
+def _vace() -> nn.Module:
+    return WanVACETransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+        vace_layers=[0, 1],
+        vace_in_channels=6,
+    )
+
+
+def _vace_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        **_wan_inputs(model, generator),
+        "control_hidden_states": _randn(generator, BATCH, 6, 3, 10, 6),
+    }
+
+
 # --- HunyuanVideo -------------------------------------------------------------------------------------------
 
 
@@ -264,6 +290,41 @@ def _hunyuan_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, A
         "pooled_projections": _randn(generator, BATCH, 20),
         "guidance": torch.tensor([6000.0, 6000.0]) if model.config.guidance_embeds else None,
     }
+
+
+def _hunyuan15() -> nn.Module:
+    return HunyuanVideo15Transformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=24,
+        text_embed_2_dim=20,
+        image_embed_dim=12,
+        rope_axes_dim=(4, 6, 6),
+        target_size=16,
+    )
+
+
+def _hunyuan15_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "hidden_states": _randn(generator, BATCH, 4, 3, 10, 6),
+        "timestep": torch.tensor([500, 500], dtype=model.dtype),  # as the pipelines cast it
+        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 24),
+        "encoder_attention_mask": _mask(TEXT, 3, total=TEXT).float(),
+        "encoder_hidden_states_2": _randn(generator, BATCH, 4, 20),
+        "encoder_attention_mask_2": _mask(1, 3, total=4).float(),
+        "image_embeds": torch.zeros(BATCH, 2, 12),
+    }
+
+
+def _hunyuan15_i2v_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
+    return {**_hunyuan15_inputs(model, generator), "image_embeds": _randn(generator, BATCH, 2, 12)}
 
 
 # --- Mochi, CogVideoX, LTX ----------------------------------------------------------------------------------
@@ -423,6 +484,7 @@ CASES: dict[str, ModelCase] = {
             blocks=("blocks",),
             prepare=_fuse,
         ),
+        _case("wan_vace", "wan_vace", _vace, _vace_inputs, _VIDEO, blocks=("blocks",)),
         _case(
             "hunyuan_video",
             "hunyuan_video",
@@ -449,6 +511,24 @@ CASES: dict[str, ModelCase] = {
             _VIDEO,
             text_valid=_PADDED,
             blocks=_TWO_STACKS[1:],
+        ),
+        _case(
+            "hunyuan_video15",
+            "hunyuan_video15",
+            _hunyuan15,
+            _hunyuan15_inputs,
+            _VIDEO,
+            text_length=13,
+            text_valid=(8, 6),
+        ),
+        _case(
+            "hunyuan_video15-i2v",
+            "hunyuan_video15",
+            _hunyuan15,
+            _hunyuan15_i2v_inputs,
+            _VIDEO,
+            text_length=13,
+            text_valid=(10, 8),
         ),
         _case("mochi", "mochi", _mochi, _mochi_inputs, _VIDEO, text_valid=_PADDED),
         _case("cogvideox", "cogvideox", _cogvideox, _cogvideox_inputs, _VIDEO),

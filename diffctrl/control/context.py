@@ -71,9 +71,12 @@ class Context:
         rows: which batch rows are conditional, unconditional or perturbed.
         auxiliary: whether the pipeline makes this call for a guidance of its own, besides cond and uncond.
         step: index of the denoising step, or None where no scheduler is known.
-        total_steps: steps of the run, or None.
+        total_steps: steps of the scheduler's schedule, or None.
+        first_step: index of the step that the run began with (image to image begins late).
+        experts: denoisers of the pipeline that take turns over the steps of one run.
         stats: counts of the engine.
-        forwards, twin_forwards: forwards of the model, and those among them that ran perturbed twins.
+        forwards, twin_forwards, masked_forwards: forwards of the model, those among them that ran perturbed
+            twins, and those in which some attention had block lists.
     """
 
     model_name: str
@@ -83,9 +86,12 @@ class Context:
     auxiliary: bool = False
     step: int | None = None
     total_steps: int | None = None
+    first_step: int = 0
+    experts: int = 1
     stats: EngineStats = field(default_factory=EngineStats)
     forwards: int = 0
     twin_forwards: int = 0
+    masked_forwards: int = 0
 
     def grid(self) -> tuple[int, int, int]:
         """(frames, rows, columns) of image tokens.
@@ -107,12 +113,25 @@ class Context:
         Raises:
             RuntimeError: no scheduler is known.
         """
+        step, total = self._known_step()
+        return step / total
+
+    def run_step(self) -> tuple[int, int]:
+        """(step, steps) of the run itself: 0 is the step that it began with.
+
+        Raises:
+            RuntimeError: no scheduler is known.
+        """
+        step, total = self._known_step()
+        return step - self.first_step, total - self.first_step
+
+    def _known_step(self) -> tuple[int, int]:
         if self.step is None or not self.total_steps:
             raise RuntimeError(
                 f"{self.model_name}: a step window needs the denoising step, but no scheduler is known; "
                 "apply to the pipeline instead of the bare model, or pass scheduler=... to `diffctrl.apply`"
             )
-        return self.step / self.total_steps
+        return self.step, self.total_steps
 
 
 def current_step(scheduler: Any, timestep: Any) -> tuple[int | None, int | None]:

@@ -101,6 +101,7 @@ class ContextHook:
         context.info = info
         context.rows = self._stock_rows = Rows.of(info.batch, "cond" if auxiliary else self._passes.layout())
         context.step, context.total_steps = current_step(self._scheduler, info.timestep)
+        context.first_step = getattr(self._scheduler, "begin_index", None) or 0
         context.forwards += 1
         self._guidance = self._active_guidance(controls)
         if not auxiliary and (self._guidance or any(c.contributes.tells_rows for c in controls)):

@@ -12,6 +12,10 @@ from diffctrl.control.context import BatchLayout
 from diffctrl.families import Family
 
 
+# What stock pipelines call the pass of the negative prompt; those with a guider say "pred_uncond".
+_UNCOND = ("uncond", "pred_uncond")
+
+
 class PassName:
     """Hears the names that pipelines give their denoiser calls: `with model.cache_context("cond"): ...`.
 
@@ -63,7 +67,7 @@ class Passes:
         if self._batch_layout is not None:
             return self._batch_layout
         if self._family.cfg == "separate":
-            return "uncond" if self._names.current == "uncond" else "cond"
+            return "uncond" if self._names.current in _UNCOND else "cond"
         return "uncond_cond" if self._pipe is not None and self._guided() else "cond"
 
     def _guided(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
@@ -23,7 +24,8 @@ class Publisher:
         self._sites, self._family = sites, family
         self._checked: list[Control] = []
         self._prepared: dict[str, Published | None] = {}
-        self._masks: dict[tuple, BlockLists] = {}
+        # Least recently used first. A pipeline's two passes have texts of other lengths, hence other masks.
+        self._masks: OrderedDict[tuple, BlockLists] = OrderedDict()
 
     def controls(self) -> list[Control]:
         """The controls of the processors that the sites carry now, checked once where they are new."""
@@ -50,21 +52,22 @@ class Publisher:
         for site in self._sites:
             site.published.clear()
             site.mask = None
-        self._checked, self._prepared, self._masks = [], {}, {}
+        self._checked, self._prepared = [], {}
+        self._masks.clear()
 
     def publish(self, context: Context, controls: Sequence[Control]) -> None:
         prepared = {c.method: c.prepare(context, self._prepared.get(c.method)) for c in controls}
         self._prepared = prepared
-        masks: dict[tuple, BlockLists] = {}
         for site in self._sites:
             for method, value in prepared.items():
                 site.published[method] = None if value is None else value.sites.get(site.name)
-            site.mask = self._mask(context, site, list(prepared.values()), masks)
-        self._masks = masks  # what this forward did not use is forgotten
+            site.mask = self._mask(context, site, list(prepared.values()))
+        used = len({id(site.mask) for site in self._sites if site.mask is not None})
+        while len(self._masks) > 2 * used + 2:
+            self._masks.popitem(last=False)
+        context.masked_forwards += any(site.mask is not None for site in self._sites)
 
-    def _mask(
-        self, context: Context, site: Site, prepared: list[Published | None], used: dict[tuple, BlockLists]
-    ) -> Any:
+    def _mask(self, context: Context, site: Site, prepared: list[Published | None]) -> Any:
         """The blocks that every control attends, cut to the valid text of each row; on the device."""
         parts = [p.masks[site.name] for p in prepared if p is not None and site.name in p.masks]
         info = context.info
@@ -72,12 +75,13 @@ class Publisher:
             return None
         lengths = self._valid_lengths(info, site)
         key = (*parts, lengths)
-        lists = self._masks.get(key) or used.get(key)
+        lists = self._masks.get(key)
         if lists is None:
             lists = reduce(and_, parts)
             if lengths is not None:
                 lists = replace(lists, n_valid=torch.tensor(lengths, dtype=torch.int32))
-        used[key] = lists
+        self._masks[key] = lists
+        self._masks.move_to_end(key)
         return lists.on(info.device)
 
     def _valid_lengths(self, info: ForwardInfo, site: Site) -> tuple[int, ...] | None:

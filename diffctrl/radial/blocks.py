@@ -35,11 +35,9 @@ def block_grid(pattern: Pattern, layout: Layout) -> np.ndarray:
     last block is attended by all and attends all.
     """
     widths = half_widths(pattern, layout.frames, layout.tokens).astype(np.int32)
+    tokens = layout.tokens
     kept = _by_blocks(
-        pattern,
-        layout,
-        lambda strips, rows: _kept(pattern, layout.tokens, widths, strips, rows),
-        np.logical_or,
+        pattern, layout, lambda strips, rows: _kept(pattern, tokens, widths, strips, rows), np.logical_or
     )
     text = layout.text_blocks(pattern.block)
     kept[text], kept[:, text] = True, True

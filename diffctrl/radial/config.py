@@ -39,7 +39,7 @@ class RadialConfig:
             November 2025), "decay" (as all the others: sparser than published).
         width_base: what widths are fractions of: "P", the smallest power of two above the S tokens of a
             frame, as published, or "S" itself (no jump where S passes a power of two).
-        block: side of a block in tokens, a multiple of 16. 128 is what the kernels want.
+        block: side of a block in tokens. 128 is what the kernels want; on a GPU, multiples of 16.
         dense_steps: steps at the beginning of the run that attend all.
         dense_fraction: the same as a part of the run, rounded up.
         dense_last_steps: steps at its end that attend all. By default 0, and 1 in runs of up to 8 steps.
@@ -71,15 +71,15 @@ class RadialConfig:
                 raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(get_args(accepted))}")
         if self.decay_factor is not None and not 0.0 < self.decay_factor <= 1.0:
             raise ValueError(f"decay_factor={self.decay_factor!r} is not in (0, 1]; 1 is the full width")
-        if self.block < 16 or self.block % 16:
-            raise ValueError(f"block={self.block!r} is not a multiple of 16; 128 is what the kernels want")
+        if self.block < 1:
+            raise ValueError(f"block={self.block!r} is not a number of tokens; 128 is what the kernels want")
         if self.pattern == "paper":
             for name, neutral in (("decay_factor", (None, 1.0)), ("adjacent", ("full",)),
                                   ("width_base", ("P",))):  # fmt: skip
                 if getattr(self, name) not in neutral:
                     raise ValueError(
-                        f"{name}={getattr(self, name)!r} belongs to pattern='reference'; the paper's equation "
-                        "has no such option: leave it out, or set pattern='reference'"
+                        f"{name}={getattr(self, name)!r} belongs to pattern='reference'; the paper's "
+                        "equation has no such option: leave it out, or set pattern='reference'"
                     )
         for name in ("dense_steps", "dense_last_steps", "dense_blocks"):
             value = getattr(self, name)

@@ -32,8 +32,8 @@ class Prediction:
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens} tokens, density {self.density:.3f} in sparse calls, {self.dense_share:.0%} of calls "
-            f"dense, attention {self.attention_share:.0%} of the dense model: {self.speed_up:.2f}x"
+            f"{self.tokens} tokens, density {self.density:.3f} in sparse calls, {self.dense_share:.0%} of "
+            f"calls dense, attention {self.attention_share:.0%} of the dense model: {self.speed_up:.2f}x"
         )
 
 

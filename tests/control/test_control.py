@@ -574,6 +574,7 @@ def test_statistics_count_forwards_sites_and_engine_calls() -> None:
         "controlled": 2,
         "forwards": 4,
         "guided_forwards": 2,
+        "masked_forwards": 0,
         "calls": {"sdpa": 8},
         "dense_calls": 8,
         "sparse_calls": 0,
