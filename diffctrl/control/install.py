@@ -45,13 +45,7 @@ class _Attachment:
     """One model with its sites and context hook; removes exactly what it added."""
 
     def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        pipe: Any,
-        scheduler: Any,
-        batch_layout: BatchLayout | None,
-        experts: int,
+        self, name: str, model: nn.Module, pipe: Any, scheduler: Any, batch_layout: BatchLayout | None
     ) -> None:
         if any(hasattr(module, _SITE) for module in model.modules()):
             raise RuntimeError(
@@ -61,7 +55,7 @@ class _Attachment:
         self.name, self.model = name, model
         self.family = family_of(model)
         self.sites: list[Site] = self.family.sites(model)
-        self.context = Context(name, {site.name: site for site in self.sites}, experts=experts)
+        self.context = Context(name, {site.name: site for site in self.sites})
         self._hook = ContextHook(self.family, self.sites, self.context, pipe, scheduler, batch_layout)
         self._bound: list[tuple[Site, Any]] = []
         self._installed: list[tuple[Site, Any]] = []
@@ -172,7 +166,6 @@ class ControlHandle:
                 "controlled": len(attachment._installed),
                 "forwards": attachment.context.forwards,
                 "guided_forwards": attachment.context.twin_forwards,
-                "masked_forwards": attachment.context.masked_forwards,
                 **attachment.context.stats.as_dict(),
             }
             for attachment in self._attachments
@@ -182,9 +175,8 @@ class ControlHandle:
 def _open(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> list[_Attachment]:
     pipe = None if isinstance(target, nn.Module) else target
     scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
-    models = denoisers(target)
     return [
-        _Attachment(name, model, pipe, scheduler, batch_layout, len(models)) for name, model in models.items()
+        _Attachment(name, model, pipe, scheduler, batch_layout) for name, model in denoisers(target).items()
     ]
 
 
@@ -242,6 +234,13 @@ def apply(
             )
     if not controls:
         raise ValueError("diffctrl.apply got an empty list of processors; pass at least one")
+    language_model = _language_model(target)
+    if language_model is not None:
+        from diffctrl.control.text import apply_text
+
+        if scheduler is not None or batch_layout is not None:
+            raise ValueError("scheduler and batch_layout are for denoisers; a language model takes neither")
+        return apply_text(language_model, controls)
     check_composition(controls)
     attachments = _open(target, scheduler, batch_layout)
     for attachment in attachments:
@@ -250,19 +249,19 @@ def apply(
     try:
         for attachment in attachments:
             attachment.open()
-    language_model = _language_model(target)
-    if language_model is not None:
-        from diffctrl.control.text import apply_text
-
-        if scheduler is not None or batch_layout is not None:
-            raise ValueError("scheduler and batch_layout are for denoisers; a language model takes neither")
-        return apply_text(language_model, controls)
             attachment.install(controls)
     except BaseException:
         for attachment in attachments:
             attachment.close()
         raise
     return ControlHandle(attachments, controls)
+
+
+def _language_model(target: Any) -> Any:
+    """A model of transformers, or the `model` of a pipeline that holds one; None for everything else."""
+    held = target if isinstance(target, nn.Module) else getattr(target, "model", None)
+    held = getattr(held, "_orig_mod", held)
+    return held if is_text_model(held) else None
 
 
 def set_attn_processor(target: Any, processor: Any) -> ControlHandle:
@@ -272,14 +271,12 @@ def set_attn_processor(target: Any, processor: Any) -> ControlHandle:
 
 def summary(target: Any) -> str:
     """What is active on a pipeline or model, where: one line per model and per control."""
+    language_model = _language_model(target)
+    if language_model is not None:
+        from diffctrl.control.text import summary_text
+
+        return summary_text(language_model)
     lines = []
-def _language_model(target: Any) -> Any:
-    """A model of transformers, or the `model` of a pipeline that holds one; None for everything else."""
-    held = target if isinstance(target, nn.Module) else getattr(target, "model", None)
-    held = getattr(held, "_orig_mod", held)
-    return held if is_text_model(held) else None
-
-
     for name, model in denoisers(target).items():
         sites = [getattr(m, _SITE) for m in model.modules() if hasattr(m, _SITE)]
         if not sites:
@@ -287,11 +284,6 @@ def _language_model(target: Any) -> Any:
             continue
         carried = {c: None for s in sites for c in getattr(s.module.processor, "controls", ())}
         lines.append(f"{name} ({type(model).__name__}): {len(sites)} attention modules")
-    language_model = _language_model(target)
-    if language_model is not None:
-        from diffctrl.control.text import summary_text
-
-        return summary_text(language_model)
         for control in carried:
             where = [
                 site.name
