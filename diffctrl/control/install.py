@@ -45,7 +45,13 @@ class _Attachment:
     """One model with its sites and context hook; removes exactly what it added."""
 
     def __init__(
-        self, name: str, model: nn.Module, pipe: Any, scheduler: Any, batch_layout: BatchLayout | None
+        self,
+        name: str,
+        model: nn.Module,
+        pipe: Any,
+        scheduler: Any,
+        batch_layout: BatchLayout | None,
+        experts: int,
     ) -> None:
         if any(hasattr(module, _SITE) for module in model.modules()):
             raise RuntimeError(
@@ -55,7 +61,7 @@ class _Attachment:
         self.name, self.model = name, model
         self.family = family_of(model)
         self.sites: list[Site] = self.family.sites(model)
-        self.context = Context(name, {site.name: site for site in self.sites})
+        self.context = Context(name, {site.name: site for site in self.sites}, experts=experts)
         self._hook = ContextHook(self.family, self.sites, self.context, pipe, scheduler, batch_layout)
         self._bound: list[tuple[Site, Any]] = []
         self._installed: list[tuple[Site, Any]] = []
@@ -166,6 +172,7 @@ class ControlHandle:
                 "controlled": len(attachment._installed),
                 "forwards": attachment.context.forwards,
                 "guided_forwards": attachment.context.twin_forwards,
+                "masked_forwards": attachment.context.masked_forwards,
                 **attachment.context.stats.as_dict(),
             }
             for attachment in self._attachments
@@ -175,8 +182,9 @@ class ControlHandle:
 def _open(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> list[_Attachment]:
     pipe = None if isinstance(target, nn.Module) else target
     scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
+    models = denoisers(target)
     return [
-        _Attachment(name, model, pipe, scheduler, batch_layout) for name, model in denoisers(target).items()
+        _Attachment(name, model, pipe, scheduler, batch_layout, len(models)) for name, model in models.items()
     ]
 
 
