@@ -1,0 +1,192 @@
+"""From attention weights to a heat map: which columns are summed, over which blocks, with which weights.
+
+Axis letters: N blocks, T text tokens, I image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffctrl.refam import sinks
+from diffctrl.refam.config import RefAMConfig
+from diffctrl.refam.tokens import TokenTable
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Attention weights of one expression and picture, mean over heads, float32.
+
+    Attributes:
+        i2t: (N, T, I) of image queries on text keys, softmax over all keys.
+        t2i: (N, T, I) of text queries on image keys, or None where it was not asked for.
+        text_mass: (N, T) mean over text queries of their weights on each text key, None without text queries.
+        depth: (N,) relative depth of each block.
+    """
+
+    i2t: Tensor
+    t2i: Tensor | None
+    text_mass: Tensor | None
+    depth: tuple[float, ...]
+
+    def mean_with(self, others: Sequence[Weights]) -> Weights:
+        """The mean of this and others (further noise draws)."""
+        every = [self, *others]
+
+        def mean(name: str) -> Tensor | None:
+            values = [getattr(each, name) for each in every]
+            return None if values[0] is None else torch.stack(values).mean(dim=0)
+
+        i2t = mean("i2t")
+        assert i2t is not None
+        return Weights(i2t, mean("t2i"), mean("text_mass"), self.depth)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a heat map was made of.
+
+    Attributes:
+        heat: (I,) float32, before any spatial bias.
+        table: the tokens, with kept columns and votes.
+        sinks: indices of the elected sinks.
+        flags: what went another way than planned, in words; see `score`.
+        per_block: (N, I), the heat of each block.
+    """
+
+    heat: Tensor
+    table: TokenTable
+    sinks: tuple[int, ...]
+    flags: dict[str, str]
+    per_block: Tensor
+
+
+def kept_columns(
+    table: TokenTable, config: RefAMConfig, encoder: str
+) -> tuple[tuple[int, ...], dict[str, str]]:
+    """The columns of an expression before sinks are looked at, and flags.
+
+    Where nothing with content is left, every token of the expression that is not special.
+    """
+    flags: dict[str, str] = {}
+    if config.stop_words:
+        kinds = ("content", "outside") if config.noun_phrase == "off" else ("content",)
+        kept = table.columns(*kinds, encoder=encoder)
+    else:
+        within = ("content", "outside", "stop") if config.noun_phrase == "off" else ("content", "stop")
+        kept = table.columns(*within, encoder=encoder)
+    if not kept:
+        kept = table.columns("content", "outside", "stop", encoder=encoder)
+        flags["empty_filter"] = "no word with content was left, so every word of the expression is read"
+    return kept, flags
+
+
+def vote(weights: Weights, config: RefAMConfig) -> tuple[Tensor, Tensor]:
+    """((N, T) bool of each block's flags, (T,) bool of the elected sinks)."""
+    macro = sinks.importance(weights.text_mass, weights.i2t.mean(dim=-1))
+    flagged = sinks.flags(
+        macro,
+        sinks.evenness(weights.i2t),
+        weights.depth,
+        tau=config.tau,
+        least_even=config.least_even,
+        least_depth=config.least_depth,
+    )
+    return flagged, sinks.elected(flagged)
+
+
+def score(weights: Weights, table: TokenTable, config: RefAMConfig, *, encoder: str) -> Scored:
+    """The heat map of an expression.
+
+    A sink that is no word with content is dropped everywhere. On a word with content it is dropped in the
+    blocks that flagged it, and kept where it is the only word; `flags["sink_on_content"]` names it then.
+
+    Args:
+        weights: of all text tokens of the table.
+        table: of the same tokens.
+        config: settings.
+        encoder: whose tokens are read.
+    """
+    kept, flags = kept_columns(table, config, encoder)
+    blocks, count = weights.i2t.shape[:2]
+    device = weights.i2t.device
+    use = torch.zeros(blocks, count, dtype=torch.bool, device=device)
+    use[:, list(kept)] = True
+    flagged = torch.zeros_like(use)
+    elected = torch.zeros(count, dtype=torch.bool, device=device)
+    if config.sinks != "off":
+        flagged, elected = vote(weights, config)
+        use, told = _without_sinks(use, flagged, elected, table, kept)
+        flags |= told
+    source = _source(weights, flagged, elected, config)
+    per_block = _combined(source, use, config)
+    named = [i for i in range(count) if bool(elected[i])]
+    remaining = [i for i in kept if bool(use[:, i].any())]
+    return Scored(
+        heat=per_block.mean(dim=0),
+        table=table.keeping(remaining, flagged.sum(dim=0).tolist()),
+        sinks=tuple(named),
+        flags=flags,
+        per_block=per_block,
+    )
+
+
+def _without_sinks(
+    use: Tensor, flagged: Tensor, elected: Tensor, table: TokenTable, kept: tuple[int, ...]
+) -> tuple[Tensor, dict[str, str]]:
+    flags: dict[str, str] = {}
+    on_content = [i for i in kept if bool(elected[i])]
+    if not on_content:
+        return use, flags
+    words = {table.tokens[i].place for i in kept}
+    names = ", ".join(dict.fromkeys(table.tokens[i].word for i in on_content))
+    if len(words) == 1:
+        flags["sink_on_content"] = f"{names} is a sink and the only word with content, and is kept"
+        return use, flags
+    flags["sink_on_content"] = f"{names}: a sink, left out in the blocks that flagged it"
+    use = use.clone()
+    use[:, on_content] &= ~flagged[:, on_content]
+    return use, flags
+
+
+def _source(weights: Weights, flagged: Tensor, elected: Tensor, config: RefAMConfig) -> Tensor:
+    """(N, T, I) of what is summed."""
+    if config.direction == "t2i":
+        if weights.t2i is None:
+            raise ValueError(
+                "direction='t2i' needs the weights of text queries, which this model does not have"
+            )
+        return weights.t2i
+    if config.sinks == "suppress":
+        rest = torch.where(elected[None, :, None], 0.0, weights.i2t)
+        return rest / rest.sum(dim=1, keepdim=True).clamp_min(torch.finfo(rest.dtype).tiny)
+    if config.normalise == "text":
+        return weights.i2t / weights.i2t.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return weights.i2t
+
+
+def _combined(source: Tensor, use: Tensor, config: RefAMConfig) -> Tensor:
+    """(N, I): the kept columns of each block as one map."""
+    mask = use[:, :, None]
+    if config.combine == "sum":
+        return torch.where(mask, source, 0.0).sum(dim=1)
+    mean = source.mean(dim=-1, keepdim=True).clamp_min(torch.finfo(source.dtype).tiny)
+    logs = torch.log((source / mean).clamp_min(1e-6))
+    number = use.sum(dim=1).clamp_min(1)[:, None]
+    return torch.exp(torch.where(mask, logs, 0.0).sum(dim=1) / number)
+
+
+def word_map(weights: Weights, columns: Sequence[int], config: RefAMConfig) -> Tensor:
+    """(I,) the map of one word: the mean over its pieces and over blocks."""
+    none = torch.zeros(weights.i2t.shape[1], dtype=torch.bool, device=weights.i2t.device)
+    source = _source(weights, none, none, config)
+    return source[:, list(columns)].mean(dim=(0, 1))
+
+
+def unsettled(scored: Scored) -> tuple[int, ...]:
+    """Sinks that no magnet, stop word or special token took: for sinks='redirect', which adds a magnet then."""
+    harmless = ("magnet", "stop", "special", "pad", "context")
+    return tuple(i for i in scored.sinks if scored.table.tokens[i].kind not in harmless)
