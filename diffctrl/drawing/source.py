@@ -47,6 +47,8 @@ class ModelSource:
         from diffctrl.zoo import registry
 
         if name in registry.EMBEDDED:
+            if registry.EMBEDDED[name].kind == "text":
+                raise BadRequestError(f"{name} writes text, it draws nothing; use it with `diffctrl text`")
             try:
                 folder = registry.path(name)
             except FileNotFoundError as error:

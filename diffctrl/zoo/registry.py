@@ -41,6 +41,13 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             pipeline="diffusers.StableDiffusion3Pipeline",
             description="A tiny Stable Diffusion 3 that draws shapes and characters, 128 x 128 px.",
         ),
+        EmbeddedModel(
+            name="scenes-lm",
+            folder="scenes-lm",
+            kind="text",
+            pipeline="diffctrl.zoo.text.TextModel",
+            description="A tiny masked-diffusion language model: facts in long texts, scenes, strings, sums.",
+        ),
     )
 }
 
@@ -52,11 +59,12 @@ def path(name: str) -> Path:
         ValueError: there is no model of this name.
         FileNotFoundError: the package was built without the weights.
     """
-    folder = _WEIGHTS / _model(name).folder
-    if not (folder / "model_index.json").is_file():
+    model = _model(name)
+    folder = _WEIGHTS / model.folder
+    if not (folder / ("config.json" if model.kind == "text" else "model_index.json")).is_file():
         raise FileNotFoundError(
             f"the weights of {name!r} are not in {folder}; install a complete package, or train them with "
-            "scripts/train_zoo_image.py"
+            f"scripts/train_zoo_{model.kind}.py"
         )
     return folder
 
@@ -69,7 +77,8 @@ def load(name: str, dtype: "torch.dtype | None" = None) -> Any:
         dtype: of the weights; float32 when None. They are stored as float16, which CPUs compute slowly.
 
     Returns:
-        The pipeline; `recommended(name)` has the arguments to call it with.
+        The pipeline, or for a text model its `TextModel` of model, tokenizer and settings;
+        `recommended(name)` has the arguments to call it with.
     """
     import torch
 
@@ -81,7 +90,7 @@ def load(name: str, dtype: "torch.dtype | None" = None) -> Any:
 
 
 def recommended(name: str) -> dict[str, Any]:
-    """Call arguments that the model was trained for: size, steps, guidance, text length; a fresh dict."""
+    """Call arguments that the model was trained for: size or length, steps, guidance; a fresh dict."""
     return dict(json.loads((path(name) / "diffctrl.json").read_text())["call"])
 
 

@@ -33,9 +33,9 @@ class TextSize:
 
     width: int = 192
     layers: int = 6
-    heads: int = 6
-    key_heads: int = 6
-    head_dim: int = 32
+    heads: int = 4
+    key_heads: int = 4
+    head_dim: int = 64
     mlp: int = 512
     rope_theta: float = 500_000.0
     positions: int = 4096

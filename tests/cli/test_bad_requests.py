@@ -59,6 +59,7 @@ def test_no_steps(generate, no_weights):
     [
         ("/no/such/folder", "no folder"),
         ("shapes-sd", "did you mean shapes-sd3?"),
+        ("scenes-lm", "use it with `diffctrl text`"),
         ("a b", "no hub repository"),
         ("owner/name", "no folder owner/name here"),  # the tests are offline
     ],

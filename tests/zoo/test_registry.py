@@ -28,6 +28,8 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "_WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="train_zoo_image"):
         registry.path("shapes-sd3")
+    with pytest.raises(FileNotFoundError, match="train_zoo_text"):
+        registry.path("scenes-lm")
 
 
 def test_importing_the_zoo_loads_no_heavy_package():
@@ -39,9 +41,10 @@ def test_importing_the_zoo_loads_no_heavy_package():
     assert done.stdout.strip() == "[]"
 
 
-@trained
 @pytest.mark.parametrize("name", sorted(registry.EMBEDDED))
 def test_files_are_small_and_safe(name):
+    if not _has_weights(name):
+        pytest.skip(f"the weights of {name} are not in this checkout")
     files = [file for file in registry.path(name).rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
     assert max(file.stat().st_size for file in files) <= 12_000_000

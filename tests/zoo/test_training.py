@@ -16,6 +16,9 @@ from diffctrl.scripts.training_image_data import (
     sample_scenes,
 )
 from diffctrl.scripts.training_image_forward import TrainingForward, to_rows
+from diffctrl.scripts.training_image_pack import assemble, disassemble, read_pack, write_pack
+from diffctrl.scripts.training_image_probe import sample_images
+from diffctrl.scripts.training_image_vae import SMOKE_SIZE, load_vae
 from diffctrl.scripts.training_loop import Clock
 from diffctrl.scripts.training_optimizer import (
     Optimizer,
@@ -23,9 +26,6 @@ from diffctrl.scripts.training_optimizer import (
     learning_rate_at,
     orthogonalised,
 )
-from diffctrl.scripts.training_image_pack import assemble, disassemble, read_pack, write_pack
-from diffctrl.scripts.training_image_probe import sample_images
-from diffctrl.scripts.training_image_vae import SMOKE_SIZE, load_vae
 from diffctrl.zoo import worlds
 from diffctrl.zoo.models import ImageParts, ImageSize, image_parts, image_pipeline
 from diffctrl.zoo.tokenizers import WordTokens

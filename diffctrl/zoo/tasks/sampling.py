@@ -21,6 +21,8 @@ LONGEST_STRING = 60
 LONGEST_SORT = 32
 MOST_DIGITS = 5
 MOST_QUERIES = 16
+LONGEST_TAIL = 128
+"""`<eos>` tokens after the answers of looked-up facts, at most."""
 
 _KEYS = len(v.ADJECTIVES) * len(v.NOUNS)
 _KEY_PRIME = 2687  # the largest prime that is no larger than the number of keys
@@ -155,7 +157,8 @@ def _facts(
     spare = tokens - fixed - 8 * asked - 5 * least
     if bool((spare < 0).any()) if facts is not None else False:
         raise ValueError(f"{facts} facts do not fit into {tokens} tokens with their queries")
-    tail = draw.integers(0, spare.clamp_max(tokens // 4), count)
+    longest_tail = spare.clamp_max(min(tokens // 2, LONGEST_TAIL))
+    tail = (longest_tail * draw.uniform(count).square()).long()  # short ones more often
     room = tokens - fixed - 8 * asked - tail  # tokens of facts and filler together
     known = room // 5
     if facts is None:

@@ -1,0 +1,64 @@
+"""Exercises for the training of the text model: mixed batches of one length, made on the device."""
+
+import torch
+from torch import Tensor
+
+from diffctrl.zoo.tasks import SHORTEST, Draw, Examples, sample
+
+# Lookups are what the model is for, and what long rows are for; the other tasks are over in a short row.
+_SHORT_SHARES = {"facts": 0.46, "copy": 0.12, "reverse": 0.1, "sort": 0.1, "add": 0.16, "scene": 0.06}
+_MIDDLE_SHARES = {"facts": 0.7, "copy": 0.15, "reverse": 0.15}
+_SHORT, _MIDDLE = 64, 128
+
+
+def task_counts(rows: int, tokens: int) -> dict[str, int]:
+    """Rows of each task among `rows` of `tokens` tokens; they add up."""
+    shares = _SHORT_SHARES if tokens <= _SHORT else _MIDDLE_SHARES if tokens <= _MIDDLE else {"facts": 1.0}
+    shares = {name: share for name, share in shares.items() if tokens >= SHORTEST[name]}
+    total = sum(shares.values())
+    counts = {name: int(rows * share / total) for name, share in shares.items()}
+    counts["facts"] += rows - sum(counts.values())
+    return counts
+
+
+class ExerciseBatches:
+    """A supply of batches in tensors that stay where they are, so that a captured step can read them.
+
+    Args:
+        tokens: S, tokens of a row.
+        rows: B, rows of a batch.
+        batches: batches in the supply; `refill` makes so many new ones.
+        device: where they are made and kept.
+    """
+
+    def __init__(self, *, tokens: int, rows: int, batches: int, device: torch.device) -> None:
+        self.tokens, self.rows, self.batches = tokens, rows, batches
+        self._draw = Draw(device)
+        self._counts = task_counts(rows * batches, tokens)
+        self._supply = self._made()
+        self._next = torch.zeros((), dtype=torch.int64, device=device)
+        self._row = torch.arange(rows, device=device)
+
+    def refill(self) -> None:
+        """Put new exercises in the place of the old ones."""
+        new = self._made()
+        for name in ("ids", "start", "length", "task"):
+            getattr(self._supply, name).copy_(getattr(new, name))
+        self._next.zero_()
+
+    def next(self) -> Examples:
+        """The next batch; device work only. After `batches` of them the first comes again."""
+        index = (self._next % self.batches) * self.rows + self._row
+        self._next.add_(1)
+        supply = self._supply
+        chosen = (x.index_select(0, index) for x in (supply.ids, supply.start, supply.length, supply.task))
+        return Examples(*chosen)
+
+    def _made(self) -> Examples:
+        return sample(self._counts, tokens=self.tokens, draw=self._draw)
+
+
+def answer_offsets(examples: Examples) -> Tensor:
+    """(B, S) int64: distance of every token from its row's first answer token, negative in the prompt."""
+    place = torch.arange(examples.ids.shape[1], device=examples.ids.device)
+    return place - examples.start[:, None]
