@@ -46,9 +46,10 @@ def scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor
 
 
 def tiles(
-    query: torch.Tensor, key: torch.Tensor, tile_bytes: int = TILE_BYTES
+    query: torch.Tensor, key: torch.Tensor, tile_bytes: int | None = None
 ) -> Iterator[tuple[slice, Iterator[slice]]]:
-    """(queries, their tiles of keys): each pair a tile of scores of about `tile_bytes` or less."""
+    """(queries, their tiles of keys): each pair a tile of scores of at most `tile_bytes`, or one score."""
+    tile_bytes = tile_bytes or TILE_BYTES
     batch, count, heads, _ = query.shape
     length = key.shape[1]
     numbers = max(tile_bytes // (batch * heads * wide_dtype(query.dtype).itemsize), 1)
@@ -64,7 +65,7 @@ def tiled_logsumexp(
     key: torch.Tensor,
     scale: float,
     hide: Hide | None = None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> torch.Tensor:
     """Log-sum-exp (B, H, Sq) of the scores of every query over ALL keys, float32 or float64; no gradients.
 
@@ -73,7 +74,7 @@ def tiled_logsumexp(
         key: (B, Sk, Hkv, D).
         scale: of the scores.
         hide: (scores of a tile, its queries, its keys) -> the scores with -inf where a pair is not attended.
-        tile_bytes: of scores at a time; about three times as much is used.
+        tile_bytes: of scores at a time, TILE_BYTES by default; about three times as much is used.
 
     -inf for a query that attends nothing.
     """

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffctrl.attention import attend
+from diffctrl.attention import attend, logsumexp_of
 from diffctrl.softpag.blur import blurred
 from diffctrl.softpag.config import SoftPAGConfig
-from diffctrl.softpag.rowstats import log_sum_exp, strongest_key
+from diffctrl.softpag.rowstats import strongest_key
 
 # Additive masks of stock models write -10000 or the least number for "not attended".
 _MASKED = -1000.0
@@ -204,7 +204,7 @@ def image_block_logit(chosen: Chosen) -> Tensor:
     out: Any = attend(query, key, value, attn_mask=mask, scale=chosen.scaled, backend=chosen.backend)
     share = torch.sigmoid(
         _self_score(query, chosen.key[:, start:stop], chosen.scaled)
-        - log_sum_exp(query, key, mask, chosen.scaled)
+        - logsumexp_of(query, key, chosen.scaled, mask)
     )
     return torch.lerp(out, own, share.transpose(1, 2)[..., None].to(out.dtype))
 
@@ -225,7 +225,7 @@ def spherical_weight(u: Tensor, chosen: Chosen, rows: tuple[int, int]) -> Tensor
         across = torch.zeros_like(index) if mask.shape[-2] == 1 else index - rows[0]
         own = mask[..., across, index]  # (B or 1, H or 1, S')
         score = score.masked_fill(~own, float("-inf")) if own.dtype == torch.bool else score + own
-    own_mass = torch.exp(score - log_sum_exp(query, chosen.key, mask, chosen.scaled)).clamp(0.0, 1.0)
+    own_mass = torch.exp(score - logsumexp_of(query, chosen.key, chosen.scaled, mask)).clamp(0.0, 1.0)
     angle = torch.arccos(own_mass.sqrt())
     strength = u[..., None].to(angle.dtype)
     sine = angle.sin()

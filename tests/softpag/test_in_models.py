@@ -172,9 +172,9 @@ class _Largest(TorchDispatchMode):
 )
 def test_no_target_forms_an_attention_map(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is counted is a whole map of 4096 tokens; a few rows at a time are allowed by their bytes.
-    from diffctrl.softpag import rowstats
+    from diffctrl.attention import scores
 
-    monkeypatch.setattr(rowstats, "_SCORE_BYTES", 1 << 20)
+    monkeypatch.setattr(scores, "TILE_BYTES", 1 << 20)
     model, inputs = shared("unet"), example("unet")
     inputs["sample"] = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     with diffctrl.apply(model, SoftPAGAttnProcessor("down:L0", **SETTINGS[target])), _Largest() as largest:
