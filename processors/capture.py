@@ -65,17 +65,23 @@ class CaptureAttnProcessor(ControlAttnProcessor):
     def acts_on(self, site: Site) -> bool:
         return site.kind != "text"
 
+    def specs_on(self, sites: Sequence[Site]) -> Mapping[str, CaptureSpec]:
+        """The specs on a model with these sites; a method that reads maps may make them for each model."""
+        return self.specs
+
     def check(self, sites: Sequence[Site]) -> None:
         self.select(sites)
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
-        names = {site.name for spec in self.specs.values() for site in chosen_sites(spec, sites).values()}
+        specs = self.specs_on(sites).values()
+        names = {site.name for spec in specs for site in chosen_sites(spec, sites).values()}
         return [site for site in sites if site.name in names]
 
     def prepare(self, context: Context, previous: Published | None) -> Published | None:
         known = self._collectors.get(id(context))
         if known is None:
-            collector = Collector(self.specs, list(context.sites.values()), self._max_bytes, self._route)
+            sites = list(context.sites.values())
+            collector = Collector(self.specs_on(sites), sites, self._max_bytes, self._route)
             known = self._collectors[id(context)] = (
                 context,
                 collector,
