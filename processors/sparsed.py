@@ -18,9 +18,9 @@ class SparseDAttnProcessor(TextControl):
     Args:
         config: the settings; keywords change single fields, as in `SparseDAttnProcessor(select=0.5)`.
 
-    Applied to a language model with `diffctrl.apply`, which returns a handle with `begin`, `set_step` and `reset`
-    for the sampler, and `controller` for the patterns. The object itself keeps no state: one may be applied to
-    several models.
+    Applied to a language model with `diffctrl.apply`, which returns a handle with `begin`, `set_step` and
+    `reset` for the sampler, and `controller` for the patterns. The object itself keeps no state: one may be
+    applied to several models.
 
     Raises:
         ValueError: a setting is unknown or out of range.

@@ -24,7 +24,12 @@ class TextState(Protocol):
     """What a control keeps for one language model: where a generation is, and what it needs of it."""
 
     def begin(
-        self, prompt_lengths: Tensor, gen_length: int, steps: int, left_padding: Tensor | None = None, **more: Any
+        self,
+        prompt_lengths: Tensor,
+        gen_length: int,
+        steps: int,
+        left_padding: Tensor | None = None,
+        **more: Any,
     ) -> None:
         """A generation begins."""
         ...
@@ -116,7 +121,12 @@ def _name_over(previous: str) -> str:
 
 def _attention_over(previous: str) -> Any:
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         bound: _Bound | None = getattr(module, _SITE, None)
         if bound is not None:
@@ -135,7 +145,8 @@ def _mask(*, mask_function: Any, attention_mask: Tensor | None = None, **kwargs:
     if mask_function is not bidirectional_mask_function:
         raise ValueError(
             "this model asks for a causal, windowed or otherwise shaped mask; a control of diffctrl needs "
-            "attention in both directions over all tokens: model.config.is_causal = False, and no mask of pairs"
+            "attention in both directions over all tokens: model.config.is_causal = False, and no mask of "
+            "pairs"
         )
     return attention_mask
 
@@ -195,7 +206,7 @@ class _Implementation:
         self.users -= 1
         if self.users == 0:
             del self._held[id(self.config)]
-            # As it was, without the checks and the loading of a new choice; not where the user made one since.
+            # As it was, without the checks of a new choice; not where the user made one since.
             if self.config._attn_implementation == self.name:
                 self.config._attn_implementation = self.previous
 
@@ -250,7 +261,8 @@ class _TextAttachment:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             kind = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"{self.control.method} takes an attention_mask (B, S) that says which tokens are padding, not "
+                f"{self.control.method} takes an attention_mask (B, S) that says which tokens are padding, "
+                "not "
                 f"{kind}: no S x S mask is made"
             )
         self.state.prepare(inputs.shape[0], inputs.shape[1], inputs.device, mask)
@@ -260,12 +272,14 @@ class _TextAttachment:
         use_cache = given.get("use_cache")
         if given.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache):
             raise ValueError(
-                f"{self.control.method} works without a cache of keys and values: the queries of a step are all "
+                f"{self.control.method} works without a cache of keys and values: the queries of a step are "
+                "all "
                 "tokens. Leave past_key_values and use_cache out, and set model.config.use_cache = False"
             )
         if config._attn_implementation != self._implementation.name:
             raise RuntimeError(
-                f"{self.name} runs attention {config._attn_implementation!r} instead of what diffctrl put there, "
+                f"{self.name} runs attention {config._attn_implementation!r} instead of what diffctrl put "
+                "there, "
                 "so that the control would do nothing; `remove()` the control first, then change it"
             )
 
@@ -288,7 +302,12 @@ class TextControlHandle(ControlHandle):
         return self._texts[0].state
 
     def begin(
-        self, prompt_lengths: Tensor, gen_length: int, steps: int, left_padding: Tensor | None = None, **more: Any
+        self,
+        prompt_lengths: Tensor,
+        gen_length: int,
+        steps: int,
+        left_padding: Tensor | None = None,
+        **more: Any,
     ) -> None:
         """A generation begins; called by samplers.
 
@@ -333,9 +352,7 @@ def apply_text(model: Any, controls: Sequence[Control]) -> TextControlHandle:
     names = ", ".join(control.method for control in controls)
     for control in controls:
         if not isinstance(control, TextControl):
-            raise TypeError(
-                f"{control.method} does not work on language models; SparseDAttnProcessor does"
-            )
+            raise TypeError(f"{control.method} does not work on language models; SparseDAttnProcessor does")
     if len(controls) != 1:
         raise ValueError(f"a language model takes one processor; {len(controls)} were given ({names})")
     (control,) = controls

@@ -43,10 +43,16 @@ class TextFamily:
 
 _FAMILIES = (
     TextFamily(
-        "llada", "transformers.models.llama.modeling_llama", ("LlamaForCausalLM", "LlamaModel"), "LlamaAttention"
+        "llada",
+        "transformers.models.llama.modeling_llama",
+        ("LlamaForCausalLM", "LlamaModel"),
+        "LlamaAttention",
     ),
     TextFamily(
-        "dream", "transformers.models.qwen2.modeling_qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "Qwen2Attention"
+        "dream",
+        "transformers.models.qwen2.modeling_qwen2",
+        ("Qwen2ForCausalLM", "Qwen2Model"),
+        "Qwen2Attention",
     ),
 )
 
@@ -121,7 +127,8 @@ def text_model(model: Any) -> TextModel:
         )
     if config.use_cache:
         raise ValueError(
-            f"this {name} keeps keys and values between calls (config.use_cache = True), but a diffusion language "
+            f"this {name} keeps keys and values between calls (config.use_cache = True), but a diffusion "
+            "language "
             "model recomputes all tokens in each step. Set model.config.use_cache = False"
         )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
@@ -160,7 +167,9 @@ def _family(model: Any) -> TextFamily:
             return family
     accepted = ", ".join(name for family in _FAMILIES for name in family.models)
     raise TypeError(
-        f"diffctrl does not know the language model {type(model).__module__}.{type(model).__name__}; it supports "
-        f"{accepted} of transformers. Checkpoints of LLaDA, Dream and DiffuCoder load into these without remote "
+        f"diffctrl does not know the language model {type(model).__module__}.{type(model).__name__}; it "
+        "supports "
+        f"{accepted} of transformers. Checkpoints of LLaDA, Dream and DiffuCoder load into these without "
+        "remote "
         "code: see diffctrl.dlm"
     )

@@ -1,7 +1,7 @@
 """SparseD: head-specific block-sparse attention for diffusion language models.
 
-Source: "SparseD: Sparse Attention for Diffusion Language Models", arXiv 2509.24014 (ICLR 2026). Implemented from
-the paper; what the authors' code does differently is mode="authors".
+Source: "SparseD: Sparse Attention for Diffusion Language Models", arXiv 2509.24014 (ICLR 2026). Implemented
+from the paper; what the authors' code does differently is mode="authors".
 """
 
 from diffctrl.sparsed.builder import Builder

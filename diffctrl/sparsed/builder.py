@@ -36,7 +36,9 @@ class Builder:
     scale: float
 
     @classmethod
-    def of(cls, config: SparseDConfig, query: Tensor, key: Tensor, scale: float, stats: EngineStats | None):
+    def of(
+        cls, config: SparseDConfig, query: Tensor, key: Tensor, scale: float, stats: EngineStats | None
+    ) -> Builder:
         """The builder for these tensors.
 
         Args:
@@ -59,7 +61,9 @@ class Builder:
             else:
                 name = "chunked"
                 if query.device.type != "cpu":
-                    note_fallback(f"block scores in chunks instead of the fused kernel, which {reason}", stats)
+                    note_fallback(
+                        f"block scores in chunks instead of the fused kernel, which {reason}", stats
+                    )
         return cls(name, config, scale)
 
     def wants_lse(self, attention_scale: float) -> bool:

@@ -45,8 +45,9 @@ class SparseDConfig:
         isolated: False ranks all blocks together, without the two groups; for ablations, "strict" only.
         score_scale: what scores are divided by while blocks are ranked: "head_dim" is sqrt(head dim), as in
             the attention itself; "authors" is the sqrt(number of heads) of their code for LLaDA.
-        refresh: when the pattern is taken again: never ("none"), in the first step of each semi-autoregressive
-            block ("per_block"), or every `refresh_steps` steps ("every_n"). Such a step is dense.
+        refresh: when the pattern is taken again: never ("none"), in the first step of each
+            semi-autoregressive block ("per_block"), or every `refresh_steps` steps ("every_n"). Such a step
+            is dense.
         refresh_steps: for "every_n", >= 1.
         trigger: what ends the dense part: the step number ("step"), or the share of generation tokens that
             are committed ("committed"), for decoding with a confidence threshold, whose number of steps is
@@ -97,7 +98,9 @@ class SparseDConfig:
                 f"select={self.select!r} is not in (0, 1]; it is the share of blocks that is kept, 1 is dense"
             )
         if not 0.0 <= self.skip <= 1.0:
-            raise ValueError(f"skip={self.skip!r} is not in [0, 1]; it is the part of the steps that is dense")
+            raise ValueError(
+                f"skip={self.skip!r} is not in [0, 1]; it is the part of the steps that is dense"
+            )
         size = self.block_size
         if not isinstance(size, int) or not 2 <= size <= LARGEST_BLOCK or size & (size - 1):
             raise ValueError(f"block_size={size!r} is not a power of two from 2 to {LARGEST_BLOCK}")
@@ -126,7 +129,9 @@ class SparseDConfig:
         if self.refresh == "every_n" and self.refresh_steps is None:
             raise ValueError("refresh='every_n' needs refresh_steps, e.g. refresh_steps=32")
         if not self.isolated and self.mode != "strict":
-            raise ValueError("isolated=False is an ablation of mode='strict'; mode='authors' has its own rule")
+            raise ValueError(
+                "isolated=False is an ablation of mode='strict'; mode='authors' has its own rule"
+            )
 
     @property
     def rests(self) -> bool:

@@ -33,7 +33,8 @@ class SparseDController:
         shape: sizes of the model, for the prediction of the gain.
         device: gives the model's device when a generation begins.
 
-    A sampler calls `begin`, then `set_step` before each forward, then `reset`. Nothing is inferred from counting
+    A sampler calls `begin`, then `set_step` before each forward, then `reset`. Nothing is inferred from
+    counting
     calls: guidance, checkpointing and batches break it.
     """
 
@@ -163,7 +164,8 @@ class SparseDController:
         if not layout.equals(run.layout):
             raise ValueError(
                 "the loaded patterns are of other rows: prompts of "
-                f"{layout.prompts.tolist()} tokens and {layout.generation} generated ones. They fit these alone; "
+                f"{layout.prompts.tolist()} tokens and {layout.generation} generated ones. They fit these "
+                "alone; "
                 "load_patterns(None) builds new ones"
             )
         run.given = True
@@ -296,7 +298,8 @@ class SparseDController:
 
 
 _NOT_BEGUN = (
-    "SparseD: a forward ran outside of a generation. The sampler calls control.begin(prompt_lengths, gen_length, "
+    "SparseD: a forward ran outside of a generation. The sampler calls control.begin(prompt_lengths, "
+    "gen_length, "
     "steps, left_padding) and control.set_step(i) before each forward; remove() takes SparseD off"
 )
 __all__ = ["SparseDController"]

@@ -1,9 +1,9 @@
 """The device code of `fused`: one program scores a strip of query rows against all key blocks.
 
-Imports triton at its top, so only `fused` imports it, and lazily. BM query rows of a program, BLOCK tokens of a
-block, BN key tokens of a tile (BLOCK = SPLIT * BN), DP = D padded to a power of two. The dense attention of the
-step gave the log-sum-exp, so a tile of probabilities is exp(scale q k - lse): no maximum, no rescaling, and only
-its sum is kept.
+Imports triton at its top, so only `fused` imports it, and lazily. BM query rows of a program, BLOCK tokens
+of a block, BN key tokens of a tile (BLOCK = SPLIT * BN), DP = D padded to a power of two. The dense
+attention of the step gave the log-sum-exp, so a tile of probabilities is exp(scale q k - lse): no maximum,
+no rescaling, and only its sum is kept.
 """
 
 from __future__ import annotations

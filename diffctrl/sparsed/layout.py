@@ -97,13 +97,20 @@ class Layout:
         return found
 
     def equals(self, other: Layout) -> bool:
-        return (self.generation, self.block, self.tokens) == (other.generation, other.block, other.tokens) and all(
-            torch.equal(a, b) for a, b in ((self.prompts, other.prompts), (self.starts, other.starts))
-        )
+        return (self.generation, self.block, self.tokens) == (
+            other.generation,
+            other.block,
+            other.tokens,
+        ) and all(torch.equal(a, b) for a, b in ((self.prompts, other.prompts), (self.starts, other.starts)))
 
     @classmethod
     def of(
-        cls, prompts: Tensor, generation: int, block: int, starts: Tensor | None = None, tokens: int | None = None
+        cls,
+        prompts: Tensor,
+        generation: int,
+        block: int,
+        starts: Tensor | None = None,
+        tokens: int | None = None,
     ) -> Layout:
         """Checked.
 
@@ -129,7 +136,8 @@ class Layout:
         longest = int(ends.max())
         if tokens is not None and tokens < longest:
             raise ValueError(
-                f"the rows end at token {longest}, but have {tokens}: prompt_lengths counts real prompt tokens, "
+                f"the rows end at token {longest}, but have {tokens}: prompt_lengths counts real prompt "
+                "tokens, "
                 "left_padding the padding before them"
             )
         return cls(prompts, generation, starts, block, longest if tokens is None else tokens)

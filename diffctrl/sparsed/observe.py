@@ -24,7 +24,7 @@ def remember(number: int, controller: SparseDController) -> None:
 
 @torch.library.custom_op("diffctrl::sparsed_observe", mutates_args=("token",))
 def observe_op(query: Tensor, key: Tensor, token: Tensor, number: int, layer: int, scale: float) -> None:
-    """Hands queries and keys of a layer to the controller of that number. `token` is what is said to change."""
+    """Hands queries and keys of a layer to the controller of that number; `token` is said to change."""
     controller = _BY_NUMBER.get(number)
     if controller is not None:
         controller.build(layer, query, key, scale, None)

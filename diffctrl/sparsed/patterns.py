@@ -45,7 +45,7 @@ class Pattern:
 
 
 def block_lists(counts: Tensor, indices: Tensor, layout: Layout) -> BlockLists:
-    """counts int32 (B, H, n), indices int32 (B, H, n, W) -> lists whose rows end with each row's real tokens."""
+    """counts int32 (B, H, n), indices int32 (B, H, n, W) -> lists cut at the real tokens of each row."""
     return BlockLists(
         (layout.block, layout.block),
         (layout.tokens, layout.tokens),
@@ -99,7 +99,8 @@ def load(path: str | Path) -> tuple[dict[int, Pattern], Layout]:
         about = file.metadata() or {}
         if about.get("format") != FORMAT:
             raise ValueError(
-                f"{path} is no file of patterns: its format is {about.get('format')!r}, accepted is {FORMAT!r}"
+                f"{path} is no file of patterns: its format is {about.get('format')!r}, accepted is "
+                f"{FORMAT!r}"
             )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     layout = _layout(json.loads(about["layout"]))

@@ -1,13 +1,15 @@
 """Block scores in torch: exact in strips of query rows on any device, and two estimates.
 
 W[I, J] = 1 / B^2 * sum of the attention of the queries of block I on the keys of block J, blocks that are cut
-filled with zeros: a row of W sums to (real queries of the block) / B^2. Never an S x S tensor: a strip holds as
-many rows as fit into a budget, one block of rows of one key head at least.
+filled with zeros: a row of W sums to (real queries of the block) / B^2. Never an S x S tensor: a strip holds
+as many rows as fit into a budget, one block of rows of one key head at least.
 
 Axis letters: B batch, S tokens, H query heads, Hkv key heads, D head dim, n blocks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def chunked_scores(
     """
     out = _empty(query, key, block)
     for b, (rows, keys) in enumerate(zip(query_valid, key_valid, strict=True)):
-        for heads, kv, k in _key_heads(key[b, :keys], query.shape[2], block):
+        for heads, k in _key_heads(key[b, :keys], query.shape[2], block):
             strip = _strip_rows(heads, keys, block)
             for start in range(0, rows, strip):
                 stop = min(start + strip, rows)
@@ -62,7 +64,7 @@ def sampled_scores(
     out = _empty(query, key, block)
     for b, (rows, keys) in enumerate(zip(query_valid, key_valid, strict=True)):
         index, sizes = _sample(rows, block, samples, query.device)
-        for heads, kv, k in _key_heads(key[b, :keys], query.shape[2], block):
+        for heads, k in _key_heads(key[b, :keys], query.shape[2], block):
             strip = max(_strip_rows(heads, keys, block) // samples, 1)
             for first in range(0, len(sizes), strip):
                 part = index[first : first + strip].flatten()
@@ -97,8 +99,8 @@ def _work(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _key_heads(key: Tensor, heads: int, block: int):
-    """(slice of query heads, slice of key heads, keys (H', D, S) repeated to query heads) in parts that fit."""
+def _key_heads(key: Tensor, heads: int, block: int) -> Iterator[tuple[slice, Tensor]]:
+    """Key heads that fit at once: (their query heads, keys (Hkv', G, D, S), expanded over the group)."""
     kv_heads = key.shape[1]
     groups = heads // kv_heads
     at_once = max(STRIP_BYTES // (groups * block * max(len(key), 1) * 4), 1)
@@ -107,7 +109,6 @@ def _key_heads(key: Tensor, heads: int, block: int):
         part = key[:, start:stop].permute(1, 2, 0).to(_work(key))
         yield (
             slice(start * groups, stop * groups),
-            slice(start, stop),
             part.unsqueeze(1).expand(-1, groups, -1, -1),
         )
 
@@ -127,7 +128,9 @@ def _summed(probs: Tensor, block: int) -> Tensor:
     """(H, R, S) -> (H, R, ceil(S / block)): sums over blocks of the last axis."""
     whole = probs.shape[-1] // block * block
     sums = probs[..., :whole].unflatten(-1, (-1, block)).sum(-1) if whole else probs[..., :0]
-    return torch.cat([sums, probs[..., whole:].sum(-1, keepdim=True)], -1) if whole < probs.shape[-1] else sums
+    return (
+        torch.cat([sums, probs[..., whole:].sum(-1, keepdim=True)], -1) if whole < probs.shape[-1] else sums
+    )
 
 
 def _sample(rows: int, block: int, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -72,10 +72,11 @@ class Record:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, in the order of interest.
 
-        "steps" per phase; "pattern_density", share of the real (query, key) pairs that the patterns keep, mean
-        over layers; "retained_mass", share of the dense attention in them; "approximate", whether scores were
-        estimated, and with them that share; "stays_dense", the reason why the run is dense to its end, or None;
-        the predicted gains; "build_ms" and "builders"; sizes of the patterns, packed and as kernels read them.
+        "steps" per phase; "pattern_density", share of the real (query, key) pairs that the patterns keep,
+        mean over layers; "retained_mass", share of the dense attention in them; "approximate", whether
+        scores were estimated, and with them that share; "stays_dense", the reason why the run is dense to
+        its end, or None; the predicted gains; "build_ms" and "builders"; sizes of the patterns, packed and
+        as kernels read them.
         """
         patterns = list(self.patterns.values())
         phases = {phase.value: self._phases[phase] for phase in Phase}

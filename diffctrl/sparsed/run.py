@@ -86,7 +86,8 @@ class Run:
         layout = self.layout
         if batch != layout.batch:
             raise ValueError(
-                f"SparseD: the forward has {batch} rows, begin() was told of {layout.batch}. With guidance in "
+                f"SparseD: the forward has {batch} rows, begin() was told of {layout.batch}. With guidance "
+                "in "
                 "one batch prompt_lengths names the rows of both halves; guidance in two forwards is not "
                 "supported"
             )
@@ -97,7 +98,8 @@ class Run:
         if mask is None:
             if self.layout.padded:
                 raise ValueError(
-                    "SparseD: begin() was told of padding, but the forward has no attention_mask (B, S), so that "
+                    "SparseD: begin() was told of padding, but the forward has no attention_mask (B, S), so "
+                    "that "
                     "the model would not know of it"
                 )
         elif mask.shape != (batch, tokens):
@@ -107,7 +109,8 @@ class Run:
             )
         elif not torch.equal(mask.to("cpu", torch.bool), self.layout.mask()):
             raise ValueError(
-                "SparseD: attention_mask and begin() do not agree on which tokens are padding; prompt_lengths "
+                "SparseD: attention_mask and begin() do not agree on which tokens are padding; "
+                "prompt_lengths "
                 "counts real prompt tokens, left_padding the padding before them"
             )
         self._checked, self._seen = mask, True
@@ -117,7 +120,8 @@ class Run:
         layout = self.layout
         if self._seen or tokens < layout.tokens or mask is None:
             raise ValueError(
-                f"SparseD: the forward has {tokens} tokens, begin() was told of {layout.tokens}. A pattern fits "
+                f"SparseD: the forward has {tokens} tokens, begin() was told of {layout.tokens}. A pattern "
+                "fits "
                 "one length: call begin() for each new one"
             )
         self._expect(Layout.of(layout.prompts, layout.generation, layout.block, layout.starts, tokens))
@@ -127,7 +131,9 @@ class Run:
         if self._shifted:
             self._order = self.layout.order(device)
         if self.padded and self.full is None:
-            self._full = full_lists(self.layout)  # kept: its tensors on the device know it by a weak reference
+            self._full = full_lists(
+                self.layout
+            )  # kept: its tensors on the device know it by a weak reference
             self.full = self._full.on(device)
             self.mask = self.layout.mask().to(device)
         if self.token.device != device:

@@ -79,7 +79,8 @@ class Schedule:
 
 
 class CommitTrigger:
-    """The step rule where the number of steps is not known: dense until `skip` of the generation is committed.
+    """The step rule where the number of steps is not known: dense until `skip` of the generation is
+    committed.
 
     The first step that begins with so much committed takes the pattern; `refresh` counts from there.
     """

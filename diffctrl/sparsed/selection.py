@@ -45,8 +45,8 @@ def select(
         scores: W, float (H, n', n'), n' >= row.count: mean attention of query block I on key block J.
         row: how many blocks are real, and where the generation begins.
         config: select, mode, isolated.
-        generation_scores: for mode "authors", W2 (H, n', m) of a softmax over the generation's keys alone, m >=
-            count - split.
+        generation_scores: for mode "authors", W2 (H, n', m) of a softmax over the generation's keys alone, m
+            >= count - split.
 
     Returns:
         kept blocks of the `row.count` real query blocks. No query block is without one; ties go to the
