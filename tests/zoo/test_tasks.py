@@ -142,6 +142,8 @@ def test_asked_for_numbers_of_facts_and_questions():
     assert (examples.length == 9).all()
     digits = torch.tensor([ID[d] for d in "0123456789"])
     assert (torch.isin(examples.ids, digits).sum(dim=1) == 9 + 2).all()
+    fixed = sample({"facts": 20}, tokens=256, draw=Draw("cpu", 1), queries=3, generation=32)
+    assert (fixed.start == 256 - 32).all()
     with pytest.raises(ValueError, match="do not fit"):
         sample({"facts": 1}, tokens=64, draw=Draw("cpu", 1), facts=12)
 
@@ -174,6 +176,8 @@ def test_wrong_requests_are_named():
         sample({"add": 1}, tokens=64, draw=draw, split="valid")
     with pytest.raises(ValueError, match="queries"):
         sample({"facts": 1}, tokens=64, draw=draw, queries=9)
+    with pytest.raises(ValueError, match="queries"):
+        sample({"facts": 1}, tokens=256, draw=draw, queries=7, generation=32)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -98,6 +98,7 @@ def sample(
     split: str = "train",
     facts: int | None = None,
     queries: int | None = None,
+    generation: int | None = None,
 ) -> Examples:
     """Draw exercises, shuffled.
 
@@ -109,6 +110,7 @@ def sample(
             that another seed is enough.
         facts: facts in each row of the "facts" task; None draws from one to as many as fit.
         queries: queries in such a row; None draws from 1 to `MOST_QUERIES`.
+        generation: tokens of such a row from the answer's first on, the `<eos>` included; None draws.
 
     Raises:
         ValueError: unknown task or split, rows too short for a task.
@@ -124,7 +126,7 @@ def sample(
         if tokens < SHORTEST[name]:
             raise ValueError(f"task {name!r} needs rows of at least {SHORTEST[name]} tokens, got {tokens}")
         if name == "facts":
-            prompt, answer = _facts(count, tokens, draw, facts, queries)
+            prompt, answer = _facts(count, tokens, draw, facts, queries, generation)
         else:
             prompt, answer = _SHORT_TASKS[name](count, tokens, draw, split)
         parts.append(_assembled(prompt, answer, tokens, TASKS.index(name)))
@@ -137,7 +139,7 @@ def sample(
 
 
 def _facts(
-    count: int, tokens: int, draw: Draw, facts: int | None, queries: int | None
+    count: int, tokens: int, draw: Draw, facts: int | None, queries: int | None, generation: int | None
 ) -> tuple[Tensor, Tensor]:
     """`facts big cat 7 plum. the of shy owl 2 fig. get shy owl` and `shy owl 2 fig`.
 
@@ -146,7 +148,10 @@ def _facts(
     that one fact in long filler (a passkey) is among them.
     """
     fixed = 3
-    most_queries = min(MOST_QUERIES, (tokens - fixed) // 13, facts or MOST_QUERIES)
+    fitting = (tokens - fixed) // 13
+    if generation is not None:
+        fitting = min(generation // 5, (tokens - fixed - generation) // 8)
+    most_queries = min(MOST_QUERIES, fitting, facts or MOST_QUERIES)
     asked = draw.integers(1, most_queries, count)
     asked = torch.where(draw.uniform(count) < 0.25, torch.ones_like(asked), asked)
     if queries is not None:
@@ -155,11 +160,13 @@ def _facts(
         asked = torch.full_like(asked, queries)
     least = asked if facts is None else torch.full_like(asked, facts)
     spare = tokens - fixed - 8 * asked - 5 * least
-    if bool((spare < 0).any()) if facts is not None else False:
-        raise ValueError(f"{facts} facts do not fit into {tokens} tokens with their queries")
-    longest_tail = spare.clamp_max(min(tokens // 2, LONGEST_TAIL))
+    longest_tail = spare.clamp(0, min(tokens // 2, LONGEST_TAIL))
     tail = (longest_tail * draw.uniform(count).square()).long()  # short ones more often
+    if generation is not None:
+        tail = generation - 5 * asked
     room = tokens - fixed - 8 * asked - tail  # tokens of facts and filler together
+    if facts is not None and bool((room < 5 * facts).any()):
+        raise ValueError(f"{facts} facts do not fit into {tokens} tokens with their queries and answers")
     known = room // 5
     if facts is None:
         logarithmic = (asked * (known.float() / asked) ** draw.uniform(count)).round().long()
