@@ -122,34 +122,32 @@ class DreamSampler(Sampler):
         # In float32, as the original: int() below then truncates at the same steps.
         grid = torch.linspace(1, self.sampling.eps, self.sampling.steps + 1, dtype=torch.float32)
 
-        def decode(canvas: Canvas) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-            forward = Forward(model, canvas, 0.0, control)
+        def decode(canvas: Canvas) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+            forward = Forward(model, canvas, steps=self.sampling.steps, control=control)
             for step in range(self.sampling.steps):
                 masked = canvas.masked()
                 if not masked.any():
                     return
-                logits, read = self._logits(forward, step, masked, canvas, whole)
+                logits, read = self._logits(forward, masked, canvas, whole)
                 if logits_hook is not None:
                     logits = logits_hook(step, canvas.tokens, logits)
                 last = step == self.sampling.steps - 1
                 share = torch.tensor(1.0) if last else 1 - grid[step + 1] / grid[step]
                 tokens, chosen = self._decide(logits, read, masked, share, canvas, generators)
-                yield step, 0, torch.where(chosen, tokens, canvas.tokens), logits if whole else None
+                yield 0, torch.where(chosen, tokens, canvas.tokens), logits if whole else None
 
         return self._run(prompts, control, on_step, tokens_hook, decode)
 
-    def _logits(
-        self, forward: Forward, step: int, masked: Tensor, canvas: Canvas, whole: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _logits(self, forward: Forward, masked: Tensor, canvas: Canvas, whole: bool) -> tuple[Tensor, Tensor]:
         """Logits (B, C, V), and the column of them (B, S) int64 that belongs to each position."""
         columns = torch.arange(masked.shape[1], device=masked.device)
         shifted = torch.maximum(columns[None] - 1, canvas.padding[:, None])
         if not whole:
             first = max(0, int(masked.any(0).nonzero()[0]) - 1)
-            return forward(step, columns[first:]), shifted - first
+            return forward(0, columns[first:]), shifted - first
         rows = torch.arange(len(masked), device=masked.device)[:, None]
         shifted = shifted.clamp(max=masked.shape[1] - 1)
-        return forward(step, None)[rows, shifted], columns.expand_as(shifted)
+        return forward(0, None)[rows, shifted], columns.expand_as(shifted)
 
     def _decide(
         self,

@@ -101,7 +101,7 @@ class LLaDASampler(Sampler):
     - The mask token is never chosen, so that none is left in the answer. Probabilities still count it.
     - Mask tokens inside the prompt are blanks: they are decoded with the first block and count in its quota.
       The original lets them compete without counting them, and leaves as many masks in the answer.
-    - A block ends when it is decided. More steps than tokens would be forwards that decide nothing.
+    - Steps that would decide nothing are left out: a block of 32 tokens takes 32 steps at most.
 
     Args:
         sampling: the settings.
@@ -136,8 +136,7 @@ class LLaDASampler(Sampler):
                 positions are None where no row is padded.
             prompts: the batch.
             seeds: as in `row_generators`; without effect at temperature 0 with low_confidence.
-            control: follows the steps. With a threshold their number is not known, and `set_step` counts
-                decided tokens on the scale of `steps` instead.
+            control: follows the steps.
             on_step: called after each step; returning True ends the generation there.
             logits_hook: (step, tokens, logits (B, S, V)) -> logits, after guidance. All
                 logits are computed for it.
@@ -150,16 +149,24 @@ class LLaDASampler(Sampler):
         generators = row_generators(seeds, len(prompts.ids))
         whole = logits_hook is not None or tokens_hook is not None
 
-        def decode(canvas: Canvas) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-            forward = Forward(model, canvas, self.sampling.cfg_scale, control)
-            total = int(canvas.masked().sum())
-            per_block = self.sampling.steps // self.sampling.blocks
+        def decode(canvas: Canvas) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+            per_block = self._steps_per_block(canvas)
+            forward = Forward(
+                model,
+                canvas,
+                steps=per_block * self.sampling.blocks,
+                blocks=self.sampling.blocks,
+                cfg_scale=self.sampling.cfg_scale,
+                control=control,
+            )
             for block in range(self.sampling.blocks):
                 end = canvas.start + (block + 1) * self.sampling.block_length
                 masked = canvas.masked(end)
+                if not masked.any():
+                    continue
                 quotas = split_evenly(masked.sum(-1), per_block)
                 # The block's first column, or that of a blank in the prompt.
-                first = int(masked.any(0).nonzero()[0]) if masked.any() else end
+                first = 0 if whole else int(masked.any(0).nonzero()[0])
                 columns = None if whole else torch.arange(first, end, device=masked.device)
                 index, limit = 0, per_block + int(masked.sum())
                 while masked.any():
@@ -167,28 +174,26 @@ class LLaDASampler(Sampler):
                         raise RuntimeError(
                             f"block {block} cannot be decoded: the tokens hook keeps masking it"
                         )
-                    step = block * per_block + min(index, per_block - 1)
-                    if self.sampling.threshold is not None:
-                        step = self._on_scale(canvas, total)
-                    logits = forward(step, columns)
+                    step = canvas.forwards
+                    logits = forward(block, columns)
                     if logits_hook is not None:
                         logits = logits_hook(step, canvas.tokens, logits)
-                    offset = first if columns is not None else 0
-                    tokens, confidence = self._propose(logits, offset, masked, canvas, generators)
+                    tokens, confidence = self._propose(logits, first, masked, canvas, generators)
                     # What a tokens hook masked again is decided at the latest in the block's last step.
-                    late = index >= per_block - 1
-                    quota = masked.sum(-1) if late else quotas[:, index]
-                    chosen = self._choose(confidence, masked, quota)
-                    yield step, block, torch.where(chosen, tokens, canvas.tokens), logits if whole else None
+                    last = index >= per_block - 1
+                    chosen = self._choose(confidence, masked, masked.sum(-1) if last else quotas[:, index])
+                    yield block, torch.where(chosen, tokens, canvas.tokens), logits if whole else None
                     masked = canvas.masked(end)
                     index += 1
 
         return self._run(prompts, control, on_step, tokens_hook, decode)
 
-    def _on_scale(self, canvas: Canvas, total: int) -> int:
-        """Decided tokens, on the scale of the planned steps."""
-        decided = total - int(canvas.masked().sum())
-        return min(self.sampling.steps - 1, max(0, self.sampling.steps * decided // max(1, total)))
+    def _steps_per_block(self, canvas: Canvas) -> int:
+        """As asked for, but no more than can decide something; with a threshold, the largest number."""
+        if self.sampling.threshold is None:
+            return min(self.sampling.steps // self.sampling.blocks, self.sampling.block_length)
+        most = int(canvas.masked().sum(-1).max())
+        return -(-most // self.sampling.blocks)
 
     def _choose(self, confidence: Tensor, masked: Tensor, quota: Tensor) -> Tensor:
         if self.sampling.threshold is None:

@@ -24,20 +24,29 @@ TokensHook = Callable[[int | None, Tensor, Tensor | None], Tensor]
 class StepControl(Protocol):
     """What follows the steps from outside: an attention method's state, for one. Called by the samplers."""
 
-    def begin(self, prompt_lengths: Tensor, gen_length: int, steps: int, left_padding: Tensor | None) -> None:
+    def begin(
+        self, prompt_lengths: Tensor, gen_length: int, steps: int, left_padding: Tensor | None, *, blocks: int
+    ) -> None:
         """A generation begins.
 
         Args:
             prompt_lengths: (rows,) int64, real prompt tokens. With classifier-free guidance the rows are
                 [conditional; unconditional], twice the batch.
             gen_length: generated tokens after the prompt.
-            steps: denoising steps over all blocks.
+            steps: denoising steps over all blocks; with a confidence threshold, the largest number.
             left_padding: (rows,) int64, or None where no row is padded.
+            blocks: semi-autoregressive blocks, which share the steps equally.
         """
         ...
 
-    def set_step(self, step: int) -> None:
-        """The next forward belongs to this step, counted over all blocks."""
+    def set_step(self, step: int, *, committed: float, block: int) -> None:
+        """The next forward belongs to this step.
+
+        Args:
+            step: counted over all blocks, none left out.
+            committed: share of the tokens to decide that are decided, of the whole batch.
+            block: the one that is decoded in.
+        """
         ...
 
     def reset(self) -> None:
@@ -122,14 +131,16 @@ class Canvas:
         attention_mask: (B, S) bool, or None where no row is padded.
         position_ids: (B, S) int64, or None where no row is padded.
         padding: (B,) int64.
+        steps: planned.
+        forwards: run.
     """
 
-    def __init__(self, prompts: Prompts, gen_length: int, special: SpecialTokens, steps: int) -> None:
+    def __init__(self, prompts: Prompts, gen_length: int, special: SpecialTokens) -> None:
         device = prompts.ids.device
         batch, self.start = prompts.ids.shape
         masks = torch.full((batch, gen_length), special.mask, device=device)
         self.tokens = torch.cat([prompts.ids, masks], dim=1)
-        self.prompts, self.gen_length, self.steps, self.mask_id = prompts, gen_length, steps, special.mask
+        self.prompts, self.gen_length, self.mask_id = prompts, gen_length, special.mask
         self.padding = prompts.padding
         columns = torch.arange(self.tokens.shape[1], device=device)
         self.real = columns[None] >= self.padding[:, None]
@@ -141,7 +152,7 @@ class Canvas:
         # A mask token of the prompt is a blank to fill in, not prompt.
         self.prompt = (self.tokens != special.mask) & self.real
         self.decided_in = torch.full_like(self.tokens, -1)
-        self.forwards = 0
+        self.steps, self.forwards = 0, 0
 
     def masked(self, end: int | None = None) -> Tensor:
         """(B, S) bool: what is undecided, left of column `end`."""
@@ -188,41 +199,54 @@ class Forward:
         model: takes `input_ids` (B, S), `attention_mask` and `position_ids`, returns `.logits` (B, S, V).
             Models of transformers compute the head of the wanted columns only (`logits_to_keep`): at 64k
             tokens all of them are 16 GB.
+        canvas: the tokens.
+        steps: planned, over all blocks.
+        blocks: that share the steps equally.
         cfg_scale: w of l_u + (w + 1) (l_c - l_u); 0 is no guidance.
         control: told of the steps, or None.
     """
 
-    def __init__(self, model: Any, canvas: Canvas, cfg_scale: float, control: StepControl | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        canvas: Canvas,
+        *,
+        steps: int,
+        blocks: int = 1,
+        cfg_scale: float = 0.0,
+        control: StepControl | None = None,
+    ) -> None:
         self._model, self._canvas, self._scale, self._control = model, canvas, cfg_scale, control
+        canvas.steps = steps
         plain = getattr(model, "_orig_mod", model)  # under a compiled one, which takes anything
         parameters = inspect.signature(getattr(plain, "forward", plain)).parameters
         self._keeps = "logits_to_keep" in parameters
+        # The same objects in every forward, so that who checks the mask need not do so again.
+        self._mask, self._positions = self._rows(canvas.attention_mask), self._rows(canvas.position_ids)
         if control is not None:
-            lengths, padding = canvas.prompts.lengths, canvas.padding
-            control.begin(
-                self._rows(lengths),
-                canvas.gen_length,
-                canvas.steps,
-                self._rows(padding) if canvas.attention_mask is not None else None,
-            )
+            padding = canvas.padding if canvas.attention_mask is not None else None
+            lengths = self._rows(canvas.prompts.lengths)
+            control.begin(lengths, canvas.gen_length, steps, self._rows(padding), blocks=blocks)
+            self._wanted = int(canvas.masked().sum())
 
-    def _rows(self, tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor]) if self._scale else tensor
+    def _rows(self, tensor: Any) -> Any:
+        """Of conditional and unconditional rows."""
+        return torch.cat([tensor, tensor]) if self._scale and tensor is not None else tensor
 
-    def __call__(self, step: int, columns: Tensor | None) -> Tensor:
-        """Logits (B, C, V) of the columns, or of all where None."""
+    def __call__(self, block: int, columns: Tensor | None) -> Tensor:
+        """Logits (B, C, V) of the columns, or of all where None; one step."""
         canvas = self._canvas
         if self._control is not None:
-            self._control.set_step(step)
+            committed = 1 - int(canvas.masked().sum()) / max(1, self._wanted)
+            # A tokens hook that masks again makes more forwards than were planned.
+            step = min(canvas.forwards, canvas.steps - 1)
+            self._control.set_step(step, committed=max(0.0, committed), block=block)
         tokens = canvas.tokens
         if self._scale:
             tokens = torch.cat([tokens, tokens.masked_fill(canvas.prompt, canvas.mask_id)])
         keep = {"logits_to_keep": columns} if self._keeps and columns is not None else {}
         logits = self._model(
-            input_ids=tokens,
-            attention_mask=None if canvas.attention_mask is None else self._rows(canvas.attention_mask),
-            position_ids=None if canvas.position_ids is None else self._rows(canvas.position_ids),
-            **keep,
+            input_ids=tokens, attention_mask=self._mask, position_ids=self._positions, **keep
         ).logits
         canvas.forwards += 1
         if columns is not None and not keep:
@@ -259,15 +283,16 @@ class Sampler:
         control: StepControl | None,
         on_step: OnStep | None,
         tokens_hook: TokensHook | None,
-        decode: Callable[[Canvas], Iterator[tuple[int, int, Tensor, Tensor | None]]],
+        decode: Callable[[Canvas], Iterator[tuple[int, Tensor, Tensor | None]]],
     ) -> Generation:
-        """Take the steps of `decode`, which yields (step, block, tokens, logits), until it ends."""
-        canvas = Canvas(prompts, self.sampling.gen_length, self.special, self.sampling.steps)
+        """Take the steps of `decode`, which yields (block, tokens, logits) after each forward, to its end."""
+        canvas = Canvas(prompts, self.sampling.gen_length, self.special)
         try:
             with torch.no_grad():
                 if tokens_hook is not None:
                     canvas.update(tokens_hook(None, canvas.tokens, None), -1)
-                for step, block, tokens, logits in decode(canvas):
+                for block, tokens, logits in decode(canvas):
+                    step = canvas.forwards - 1
                     if tokens_hook is not None:
                         tokens = tokens_hook(step, tokens, logits)
                     decided = canvas.update(tokens, step)

@@ -44,14 +44,16 @@ class Spy:
     def __init__(self) -> None:
         self.begun: list[tuple] = []
         self.steps: list[int] = []
+        self.told: list[tuple] = []
         self.resets = 0
 
-    def begin(self, prompt_lengths, gen_length, steps, left_padding):
+    def begin(self, prompt_lengths, gen_length, steps, left_padding, *, blocks):
         padding = None if left_padding is None else left_padding.tolist()
-        self.begun.append((prompt_lengths.tolist(), gen_length, steps, padding))
+        self.begun.append((prompt_lengths.tolist(), gen_length, steps, padding, blocks))
 
-    def set_step(self, step):
+    def set_step(self, step, *, committed, block):
         self.steps.append(step)
+        self.told.append((round(committed, 4), block))
 
     def reset(self):
         self.resets += 1

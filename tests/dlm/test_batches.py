@@ -45,7 +45,9 @@ def test_a_padded_row_gives_the_tokens_of_the_row_alone(request, layout, sampler
     for index, row in enumerate(ROWS):
         alone = sampler(sampling, SPECIAL).generate(model, Prompts.of([row], SPECIAL.pad), seeds=7 + index)
         assert alone.answers()[0] == together.answers()[index]
-        if getattr(sampling, "threshold", None) is None:  # else a step counts the batch's decided tokens
+        if (
+            getattr(sampling, "threshold", None) is None
+        ):  # else the batch goes on until its slowest row is done
             assert alone.orders()[0] == together.orders()[index]
     assert together.finished
 

@@ -204,16 +204,18 @@ def test_threshold_decides_what_is_sure_and_at_least_one():
         found[:, 8:, 5] = 1.0  # unsure
         return found
 
-    seen = []
+    seen, spy = [], Spy()
     found = _sample(
-        Stub(logits), gen_length=8, steps=8, block_length=4, threshold=0.9,
-        call={"on_step": seen.append},
+        Stub(logits), gen_length=8, steps=2, block_length=4, threshold=0.9,
+        call={"on_step": seen.append, "control": spy},
     )  # fmt: skip
     assert [len(event.rows) for event in seen] == [4, 1, 1, 1, 1]
     assert found.forwards == 5
     assert found.answers() == [[4] * 4 + [5] * 4]
-    # Steps tell how much is decided: 0, then 4, 5, 6 and 7 of 8 tokens.
-    assert [event.step for event in seen] == [0, 4, 5, 6, 7]
+    # The largest number of steps is announced, and how much is decided before each.
+    assert spy.begun == [([4], 8, 8, None, 2)]
+    assert spy.steps == [event.step for event in seen] == [0, 1, 2, 3, 4]
+    assert spy.told == [(0, 0), (0.5, 1), (0.625, 1), (0.75, 1), (0.875, 1)]
 
 
 def test_mask_token_is_never_chosen():
@@ -243,12 +245,13 @@ def test_a_control_is_told_of_rows_steps_and_the_end():
         scrambled(), rows=[PROMPT, [8]], gen_length=8, steps=4, block_length=4, cfg_scale=1.0,
         call={"control": spy},
     )  # fmt: skip
-    assert spy.begun == [([4, 1, 4, 1], 8, 4, [0, 3, 0, 3])]
+    assert spy.begun == [([4, 1, 4, 1], 8, 4, [0, 3, 0, 3], 2)]
     assert spy.steps == [0, 1, 2, 3]
+    assert spy.told == [(0, 0), (0.25, 0), (0.5, 1), (0.75, 1)]
     assert spy.resets == 1
     spy = Spy()
-    _sample(scrambled(), gen_length=8, steps=8, block_length=4, call={"control": spy})
-    assert spy.begun == [([4], 8, 8, None)]
+    _sample(scrambled(), gen_length=8, steps=64, block_length=4, call={"control": spy})
+    assert spy.begun == [([4], 8, 8, None, 2)]  # 32 steps for 4 tokens would be 28 that decide nothing
     assert spy.steps == list(range(8))
 
 
