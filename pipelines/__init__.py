@@ -12,9 +12,12 @@ if TYPE_CHECKING:
         WanSoftPAGPipeline,
     )
     from diffctrl.pipelines.softpag_guider import SoftPAGGuidance
+    from diffctrl.pipelines.sparsed import DreamSparseDPipeline, LLaDASparseDPipeline
 
 __all__ = [
+    "DreamSparseDPipeline",
     "FluxSoftPAGPipeline",
+    "LLaDASparseDPipeline",
     "SoftPAGGuidance",
     "StableDiffusion3SoftPAGPipeline",
     "StableDiffusionXLSoftPAGPipeline",
@@ -22,7 +25,9 @@ __all__ = [
 ]
 
 _PLACES = {
+    "DreamSparseDPipeline": "diffctrl.pipelines.sparsed",
     "FluxSoftPAGPipeline": "diffctrl.pipelines.softpag",
+    "LLaDASparseDPipeline": "diffctrl.pipelines.sparsed",
     "SoftPAGGuidance": "diffctrl.pipelines.softpag_guider",
     "StableDiffusion3SoftPAGPipeline": "diffctrl.pipelines.softpag",
     "StableDiffusionXLSoftPAGPipeline": "diffctrl.pipelines.softpag",

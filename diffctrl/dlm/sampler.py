@@ -115,11 +115,12 @@ class Generation:
 
 
 class GenerationInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a generation. `partial` is what was decoded until then."""
+    """Ctrl-C during a generation. `partial` is what was decoded until then; a pipeline adds its `output`."""
 
     def __init__(self, partial: Generation) -> None:
         super().__init__("the generation was interrupted; what was decoded is in `partial`")
         self.partial = partial
+        self.output: Any = None
 
 
 class Canvas:

@@ -1,0 +1,300 @@
+"""What the pipelines of diffusion language models share: loading, prompts, attention control, texts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from diffctrl.control.text import state_of
+from diffctrl.dlm import (
+    Chat,
+    Checkpoint,
+    Generation,
+    GenerationInterrupted,
+    Prompts,
+    SpecialTokens,
+    StepEvent,
+    as_batch,
+    check_bidirectional,
+    decode,
+    encode,
+)
+from diffctrl.errors import BadRequestError, nearest
+from diffctrl.pipelines.base import ControlledPipelineMixin
+from diffctrl.processors import SparseDAttnProcessor, SparseDConfig
+
+logger = logging.getLogger("diffctrl.pipelines")
+
+Prompt = str | Chat | Sequence[str | Chat]
+# (pipe, step, block, {"event": StepEvent}); its result is not read. `pipe._interrupt = True` ends the call.
+Callback = Callable[[Any, int, int, dict[str, Any]], Any]
+
+
+@dataclass
+class TextOutput(BaseOutput):
+    """What a pipeline of texts returns.
+
+    Attributes:
+        texts: one answer per prompt, cut at its end token and at the stop words.
+        sequences: (B, P + G) int64, padded prompts and answers.
+        orders: the step that decided each of the G generated tokens of each row.
+        finished: every token is decided; False where a callback ended the call.
+        stats: "steps", "forwards", and under "control" what SparseD did, None for dense attention.
+    """
+
+    texts: list[str]
+    sequences: Tensor
+    orders: list[list[int]]
+    finished: bool
+    stats: dict[str, Any]
+
+
+class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
+    """Base of the pipelines of texts.
+
+    A `DiffusionPipeline` of a model and a tokenizer, as diffusers' own LLaDA2Pipeline is, so that `to` and
+    offload work as they do there. Only folders differ: `from_pretrained` and `save_pretrained` read and write
+    a plain folder of transformers, since that is what the published models are.
+
+    Args:
+        model: `LlamaForCausalLM` or `Qwen2ForCausalLM` with config.is_causal = False.
+        tokenizer: of transformers.
+        special: ids of mask, padding and ends; those of the config and the tokenizer where none are given.
+        sampling: how calls decode where they say nothing.
+        sparsed: how calls attend where they say nothing; None is dense attention.
+
+    Raises:
+        ValueError: the model is causal, or no mask token is known.
+    """
+
+    sampler_class: ClassVar[type]
+    sampling_class: ClassVar[type]
+    defaults: ClassVar[Mapping[str, Any]]
+    kind: ClassVar[str]
+    model_cpu_offload_seq = "model"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        special: SpecialTokens | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        sparsed: SparseDConfig | None = SparseDConfig(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__()
+        self.register_modules(model=model, tokenizer=tokenizer)
+        if state_of(model) is None:
+            check_bidirectional(model)
+        self.special = special or SpecialTokens.find(tokenizer, model.config)
+        self.recommended = {**self.defaults, **(sampling or {})}
+        self._settings({})  # say now what of it is wrong
+        self.sparsed = sparsed
+        self._interrupt = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        sparsed: SparseDConfig | None = SparseDConfig(),  # noqa: B008 - frozen
+        **options: Any,
+    ) -> Any:
+        """Load an embedded model, a folder, or a hub repository; never code of the model's own.
+
+        Args:
+            pretrained_model_name_or_path: a name of `diffctrl.zoo.registry`, a folder in the layout of LLaDA,
+                Dream or transformers, or owner/name.
+            dtype: of the weights; None for that of the files.
+            revision: of a repository.
+            sparsed: as in the class.
+            options: of transformers' `from_pretrained`: `device_map`, `attn_implementation`,
+                `quantization_config`.
+
+        Raises:
+            BadRequestError: there is no such model, or it cannot be loaded, or it is decoded otherwise.
+        """
+        checkpoint = open_checkpoint(pretrained_model_name_or_path, revision=revision)
+        found = checkpoint.sampler
+        if found not in (None, cls.kind):
+            raise BadRequestError(
+                f"{checkpoint.name} decodes as {found!r}, and {cls.__name__} as {cls.kind!r}"
+            )
+        return cls.from_checkpoint(checkpoint, dtype=dtype, sparsed=sparsed, **options)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, dtype: Any = None, sparsed: SparseDConfig | None, **options: Any
+    ) -> Any:
+        """The pipeline of an opened checkpoint, with the sampling that its folder recommends."""
+        tokenizer = checkpoint.tokenizer()
+        return cls(
+            model=checkpoint.load(dtype, **options),
+            tokenizer=tokenizer,
+            special=checkpoint.special(tokenizer),
+            sampling=checkpoint.settings.get("call"),
+            sparsed=sparsed,
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write model, tokenizer and diffctrl.json into one folder, which `from_pretrained` reads."""
+        folder = Path(save_directory)
+        self.model.save_pretrained(folder, **options)
+        self.tokenizer.save_pretrained(folder)
+        ids = {f"{name}_token_id": value for name, value in asdict(self.special).items() if value is not None}
+        settings = {"kind": "text", "sampler": self.kind, **ids, "call": self.recommended}
+        (folder / "diffctrl.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    # --- one call -------------------------------------------------------------------------------------------
+
+    def _settings(self, given: Mapping[str, Any]) -> Any:
+        """The sampling of a call: what it says, else what is recommended."""
+        known = [field.name for field in fields(self.sampling_class)]
+        for name in (*given, *self.recommended):
+            if name not in known:
+                raise ValueError(
+                    f"{type(self).__name__} has no sampling option {name!r}{nearest(name, known)}; accepted: "
+                    f"{', '.join(known)}"
+                )
+        said = {name: value for name, value in given.items() if value is not None}
+        settings = {**self.recommended, **said}
+        if "gen_length" in said and "steps" not in said:
+            settings["steps"] = said["gen_length"]
+        settings.setdefault("steps", settings["gen_length"])
+        if "block_length" in settings and "block_length" not in said:
+            settings["block_length"] = min(settings["block_length"], settings["gen_length"])
+        return self.sampling_class(**settings)
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        prompt: Prompt | None,
+        input_ids: Sequence[Sequence[int]] | Tensor | None,
+        sampling: Any,
+        *,
+        chat: bool | None,
+        stop: Sequence[str],
+        sparsed: SparseDConfig | bool | None,
+        seed: Any,
+        generator: Any,
+        callback_on_step_end: Callback | None,
+        logits_hook: Any,
+        tokens_hook: Any,
+    ) -> TextOutput:
+        if (prompt is None) == (input_ids is None):
+            raise ValueError("pass either prompt or input_ids")
+        if seed is not None and generator is not None:
+            raise ValueError("pass either seed or generator; both say which noise is drawn")
+        if isinstance(stop, str):
+            stop = (stop,)
+        if prompt is not None:
+            input_ids = encode(self.tokenizer, as_batch(prompt), chat=chat)
+        prompts = Prompts.of(input_ids, self.special.pad).to(self._execution_device)  # type: ignore[arg-type]
+        self._check_length(prompts, sampling)
+        self._interrupt = False
+
+        def on_step(event: StepEvent) -> bool:
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, event.step, event.block, {"event": event})
+            return self._interrupt
+
+        with self._attending(sparsed, sampling) as state:
+            sampler = self.sampler_class(sampling, self.special)
+            try:
+                found = sampler.generate(
+                    self.model,
+                    prompts,
+                    seeds=seed if generator is None else generator,
+                    control=state,
+                    on_step=on_step if callback_on_step_end is not None else None,
+                    logits_hook=logits_hook,
+                    tokens_hook=tokens_hook,
+                )
+            except GenerationInterrupted as interrupted:
+                interrupted.output = self._output(interrupted.partial, stop, state)
+                raise
+            return self._output(found, stop, state)
+
+    def _output(self, found: Generation, stop: Sequence[str], state: Any) -> TextOutput:
+        control = None if state is None else state.stats()
+        return TextOutput(
+            texts=[decode(self.tokenizer, answer, self.special, stop) for answer in found.answers()],
+            sequences=found.sequences,
+            orders=found.orders(),
+            finished=found.finished,
+            stats={"steps": found.steps, "forwards": found.forwards, "control": control},
+        )
+
+    @contextmanager
+    def _attending(self, sparsed: SparseDConfig | bool | None, sampling: Any) -> Iterator[Any]:
+        """The state of the control for this call, or None for dense attention."""
+        if sparsed is None and (self.control is not None or self._controlled_from_outside()):
+            yield state_of(self.model)
+            return
+        config = self.sparsed if sparsed is None else sparsed
+        if config is True:
+            config = SparseDConfig()
+        if not config:
+            with self._stock():
+                yield None
+            return
+        # How many steps there will be is not known with a threshold; how much is decided is.
+        if getattr(sampling, "threshold", None) is not None and config.trigger == "step":
+            config = replace(config, trigger="committed")
+        with self._controlled([SparseDAttnProcessor(config)]):
+            yield state_of(self.model)
+
+    @contextmanager
+    def _stock(self) -> Iterator[None]:
+        """Stock attention for one call."""
+        if self._controlled_from_outside():
+            raise RuntimeError(
+                "sparsed=False cannot take off what diffctrl.apply put on this model; call `remove()` on its "
+                "handle"
+            )
+        previous = self._take_off()
+        try:
+            yield
+        finally:
+            self._put_back(previous)
+
+    def _controlled_from_outside(self) -> bool:
+        return self.control is None and state_of(self.model) is not None
+
+    def _check_length(self, prompts: Prompts, sampling: Any) -> None:
+        longest, trained = (
+            prompts.ids.shape[1] + sampling.gen_length,
+            self.model.config.max_position_embeddings,
+        )
+        if longest > trained:
+            logger.warning("%d tokens are more than the %d that this model was trained for", longest, trained)
+
+
+def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """An embedded model by its name, else a folder or a hub repository.
+
+    Raises:
+        BadRequestError: there is no such model, or it is not one of text.
+    """
+    from diffctrl.zoo import registry
+
+    if str(name) not in registry.EMBEDDED:
+        return Checkpoint.open(name, revision=revision)
+    model = registry.EMBEDDED[str(name)]
+    if model.kind != "text":
+        raise BadRequestError(f"{name} is a model of kind {model.kind!r}, not of text")
+    try:
+        return replace(Checkpoint.open(registry.path(str(name))), name=str(name))
+    except FileNotFoundError as error:
+        raise BadRequestError(str(error)) from None
