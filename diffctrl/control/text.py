@@ -371,6 +371,12 @@ def apply_text(model: Any, controls: Sequence[Control]) -> TextControlHandle:
     return TextControlHandle([attachment], controls)
 
 
+def state_of(model: nn.Module) -> Any:
+    """The `TextState` of the control that a language model is under, or None."""
+    bound = (getattr(module, _SITE, None) for module in model.modules())
+    return next((each.state for each in bound if each is not None), None)
+
+
 def summary_text(model: Any) -> str:
     """What is active on a language model, in one or two lines."""
     carried = [getattr(module, _SITE) for module in model.modules() if hasattr(module, _SITE)]
