@@ -21,6 +21,8 @@ Anchor = Literal["first", "best"]
 SamChoice = Literal["heat", "score"]
 
 MAGNETS = (".", "with", "a", "the", "pink")
+# Blocks that others read: ConceptAttention's of FLUX.1, its later double blocks, Seg4Diff's of SD3.
+BLOCK_PRESETS = {"concept": "15-18", "double_late": "10-18", "seg4diff_sd3": "9"}
 # Relative depth of the blocks that locate: in Mochi blocks 20 to 44 of 48, in FLUX.1 24 to 53 of 57.
 DEPTH = (0.42, 0.95)
 
@@ -58,7 +60,8 @@ class RefAMConfig:
             word with content became one (twice at most), "off" nothing.
         tau, least_even, least_depth: a sink is `tau` medians strong, `least_even` uniform, and lies at this
             relative depth or deeper.
-        blocks: "auto" for the relative depth `DEPTH`, or block numbers as in "24-53" or "3,5,9".
+        blocks: "auto" for the relative depth `DEPTH`, block numbers as in "24-53" or "3,5,9", or a name of
+            `BLOCK_PRESETS`. FLUX counts its double blocks first.
         heads: "all", or head numbers as in "0,3".
         direction: "i2t" reads what image queries give to words, "t2i" where word queries look.
         normalise: "full" takes the softmax over all keys, "text" shares each image query's weights on text
@@ -127,7 +130,7 @@ class RefAMConfig:
             if value not in get_args(kind):
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(get_args(kind))}")
         self._check_ranges()
-        parse_numbers("blocks", self.blocks, "auto")
+        parse_numbers("blocks", self._block_numbers, "auto")
         parse_numbers("heads", self.heads, "all")
         if self.magnet_encoding != "none" and not self.magnets:
             raise ValueError("magnets is empty; name some, or say magnet_encoding='none'")
@@ -171,7 +174,7 @@ class RefAMConfig:
         >>> RefAMConfig().chosen_blocks(48)[::24], RefAMConfig().chosen_blocks(57)[::29]
         ((20, 44), (24, 53))
         """
-        named = parse_numbers("blocks", self.blocks, "auto")
+        named = parse_numbers("blocks", self._block_numbers, "auto")
         if named is None:
             low, high = (share * (count - 1) for share in DEPTH)
             # A model of two blocks has none in between; it then has its last one.
@@ -190,6 +193,10 @@ class RefAMConfig:
         if named is not None and max(named) >= count:
             raise ValueError(f"heads={self.heads!r}: head {max(named)} does not exist, there are {count}")
         return named
+
+    @property
+    def _block_numbers(self) -> str:
+        return BLOCK_PRESETS.get(self.blocks, self.blocks)
 
     @property
     def active_magnets(self) -> tuple[str, ...]:

@@ -32,6 +32,12 @@ class Weights:
     text_mass: Tensor | None
     depth: tuple[float, ...]
 
+    def cpu(self) -> Weights:
+        """The same on the CPU."""
+        moved = [None if value is None else value.cpu() for value in (self.i2t, self.t2i, self.text_mass)]
+        assert moved[0] is not None
+        return Weights(moved[0], moved[1], moved[2], self.depth)
+
     def mean_with(self, others: Sequence[Weights]) -> Weights:
         """The mean of this and others (further noise draws)."""
         every = [self, *others]
@@ -119,6 +125,7 @@ def score(weights: Weights, table: TokenTable, config: RefAMConfig, *, encoder: 
     elected = torch.zeros(count, dtype=torch.bool, device=device)
     if config.sinks != "off":
         flagged, elected = vote(weights, config)
+    if config.sinks in ("filter", "suppress"):  # "redirect" moves sinks to magnets and computes nothing
         use, told = _without_sinks(use, flagged, elected, table, kept)
         flags |= told
     source = _source(weights, flagged, elected, config)

@@ -162,14 +162,16 @@ class Piece:
 
     Attributes:
         encoded: what the rows are.
-        role: "expression", or a whole magnet or context.
+        role: "expression", or a whole magnet.
         padding: rows of padding after them.
+        after: what text after the expression in its own run is: magnets joined to it, or context.
     """
 
     encoded: Encoded
-    role: Literal["expression", "magnet", "context"]
+    role: Literal["expression", "magnet"]
     encoder: str
     padding: int = 0
+    after: Literal["magnet", "context"] = "magnet"
 
 
 def token_table(
@@ -217,15 +219,13 @@ def _rows(
         word, kind = "", "special"
         if run.role == "magnet":
             word, kind = encoded.text, "magnet"
-        elif run.role == "context":
-            kind = "context"
         elif owner is not None:
             word = words[owner].text
             kind = "stop" if owner in stops else "content" if owner in inside else "outside"
         elif not special and span[0] >= end:
-            word, kind = encoded.text[span[0] : span[1]], "magnet"
+            word, kind = encoded.text[span[0] : span[1]].strip(), run.after
         elif not special and span[1] <= begin:
-            word, kind = encoded.text[span[0] : span[1]], "context"
+            word, kind = encoded.text[span[0] : span[1]].strip(), "context"
         elif not special:
             kind = "stop"  # white space inside of the expression
         rows.append(Token(first + len(rows), piece, word, owner, kind, run.encoder))

@@ -15,25 +15,29 @@ from diffctrl.errors import nearest
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_")
 
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # The paper filters "stop words" without listing them. This list has no content word, and none of `KEPT`.
-STOP_WORDS = frozenset(
+STOP_WORDS = _set(
     """a an the this that these those
     of in on at to from by for with into onto over under and or but as than
     is are was were am be been being has have had having do does did
     it its he him his she her hers they them their theirs who whom whose which
-    i you we me my your our us there here""".split()
+    i you we me my your our us there here"""
 )
 # Never stop words: they decide which object is meant.
-KEPT = frozenset(
+KEPT = _set(
     """left right top bottom front back behind middle center centre near no not without
     above below upper lower first second third last
-    one two three four five six seven eight nine ten""".split()
+    one two three four five six seven eight nine ten"""
 )
 
-COLOURS = frozenset(
+COLOURS = _set(
     """red orange yellow green blue purple pink brown black white gray grey violet magenta cyan teal olive
     navy beige gold golden silver maroon crimson scarlet turquoise lime indigo tan ivory fuchsia rose salmon
-    coral khaki""".split()
+    coral khaki"""
 )
 # A magnet colour is passed over where the expression says it, or a word for nearly the same.
 _NEAR = {
@@ -44,13 +48,13 @@ _NEAR = {
 }
 MAGNET_COLOURS = tuple(_NEAR)
 
-_PREPOSITIONS = frozenset(
+_PREPOSITIONS = _set(
     """of in on at to from by for with into onto over under near above below behind beside between beneath
-    inside outside around against along across through next left right""".split()
+    inside outside around against along across through next left right"""
 )
-_VERBS = frozenset("is are was were be has have had does do did can will".split())
-_RELATIVE = frozenset("that who whom whose which where".split())
-_BEFORE_NOUN = frozenset("it is and there a an the this that these those".split())
+_VERBS = _set("is are was were be has have had does do did can will")
+_RELATIVE = _set("that who whom whose which where")
+_BEFORE_NOUN = _set("it is and there a an the this that these those")
 
 
 Direction = Literal["left", "right", "top", "bottom", "middle"]

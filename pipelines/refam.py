@@ -1,0 +1,385 @@
+"""Stock pipelines that find what an expression means in a picture or a video (RefAM, arXiv 2509.22650)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FluxPipeline, MochiPipeline, StableDiffusion3Pipeline, WanPipeline
+from torch import Tensor
+
+import diffctrl
+from diffctrl.pipelines.base import ControlledPipelineMixin
+from diffctrl.pipelines.refam_finish import Seen, finish
+from diffctrl.pipelines.refam_input import check_size, clip_length, fitted_size, pixels_of, resized
+from diffctrl.pipelines.refam_readers import (
+    FluxReader,
+    MochiReader,
+    Reader,
+    SD3Reader,
+    TextRows,
+    WanReader,
+)
+from diffctrl.processors.refam import RefAMAttnProcessor
+from diffctrl.refam import Grounding, Piece, RefAMConfig, Weights, encode, score, token_table
+from diffctrl.refam.sam import Segmenter
+from diffctrl.refam.scoring import unsettled
+
+# What sinks="redirect" adds, one at a time.
+_MORE_MAGNETS = ("of", "and")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawing:
+    """A picture or video and the maps that were read while it was drawn.
+
+    Attributes:
+        output: what the stock pipeline returned.
+        grounding: where the expression is in it.
+    """
+
+    output: Any
+    grounding: Grounding
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """One expression about one picture, on its way."""
+
+    seen: Seen
+    latents: Tensor
+    rows: TextRows
+    seconds: dict[str, float] = field(default_factory=dict)
+    weights: Weights | None = None
+
+    @property
+    def bucket(self) -> tuple[Any, ...]:
+        return (tuple(self.latents.shape), len(self.rows.table))
+
+
+class RefAMPipelineMixin(ControlledPipelineMixin):
+    """A stock pipeline that is called with a picture and an expression, and still draws with `draw`.
+
+    ```python
+    pipe = FluxRefAMPipeline.from_pretrained(...)
+    found = pipe(photo, "the red cup left of the plate")
+    found.point, found.mask, found.box, found.word_maps["cup"], found.table, found.flags
+    drawn = pipe.draw("a red cup left of a plate", "a red cup", num_inference_steps=28)
+    ```
+
+    Controls that `set_attn_processor` installed act while drawing and rest while grounding.
+    """
+
+    reader_class: ClassVar[type[Reader]]
+    # What is used where nothing is said; an object's own value goes before.
+    refam: RefAMConfig = RefAMConfig()
+    _reader: Reader | None = None
+    _segmenter: Segmenter | None = None
+
+    @property
+    def reader(self) -> Reader:
+        """What knows this pipeline's latents and text."""
+        if self._reader is None:
+            self._reader = self.reader_class(self)
+        return self._reader
+
+    def __call__(
+        self,
+        image: Any,
+        expression: str | Sequence[str],
+        *,
+        config: RefAMConfig | None = None,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        batch_size: int = 8,
+        **settings: Any,
+    ) -> Any:
+        """Find what one or several expressions mean.
+
+        Args:
+            image: a picture, or a video for the video models; see `refam_input.pixels_of`.
+            expression: one, or a list, which gives a list of results.
+            config: settings; without it, `self.refam`.
+            size: (height, width) at which the model sees the picture; by default its own area in the picture's
+                proportions.
+            frames: of a video, how many are read at most; by default 7 latent frames.
+            batch_size: expressions in one forward.
+            settings: fields of `RefAMConfig` for this call.
+
+        Returns:
+            A `Grounding`, or a list of them.
+
+        Raises:
+            TypeError, ValueError: an argument cannot be used; says what can.
+        """
+        if isinstance(expression, str):
+            pairs = [(image, expression)]
+            return self.ground(pairs, config=config, size=size, frames=frames, batch_size=1, **settings)[0]
+        pairs = [(image, each) for each in expression]
+        return self.ground(pairs, config=config, size=size, frames=frames, batch_size=batch_size, **settings)
+
+    def ground(
+        self,
+        pairs: Sequence[tuple[Any, str]],
+        *,
+        config: RefAMConfig | None = None,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        batch_size: int = 8,
+        **settings: Any,
+    ) -> list[Grounding]:
+        """The same for many (picture, expression) pairs, several in a forward. A result does not depend on
+        what else is in its batch.
+        """
+        config = self._settings(config, settings)
+        segmenter = self._sam(config)
+        tasks = self._tasks(pairs, config, size, frames)
+        with self._reading(config) as processor:
+            self._run(tasks, config, processor, batch_size)
+            if config.sinks == "redirect":
+                self._redirect(tasks, config, processor, batch_size)
+        return [self._finished(task, config, segmenter) for task in tasks]
+
+    def weights(self, pairs: Sequence[tuple[Any, str]], config: RefAMConfig, batch_size: int = 8) -> list[Any]:
+        """(weights, token table) of each pair, for those who score them in ways of their own."""
+        tasks = self._tasks(pairs, config, None, None)
+        with self._reading(config) as processor:
+            self._run(tasks, config, processor, batch_size)
+        return [(task.weights, task.rows.table) for task in tasks]
+
+    def draw(
+        self,
+        prompt: str,
+        expression: str | None = None,
+        *,
+        config: RefAMConfig | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **call: Any,
+    ) -> Drawing:
+        """Draw with the stock pipeline and read where the words go meanwhile, averaged over the steps.
+
+        Args:
+            prompt: what to draw.
+            expression: a part of the prompt, word for word; None takes all of it.
+            config, settings: as for grounding. Magnets, padding, noise and caption have no meaning here: the
+                text is the prompt as the pipeline pads it.
+            call: arguments of the stock pipeline's call.
+
+        Raises:
+            ValueError: the expression is not in the prompt.
+        """
+        prompt = " ".join(prompt.split())
+        expression = prompt if expression is None else " ".join(expression.split())
+        if not expression or expression not in prompt:
+            raise ValueError(
+                f"{expression!r} is not a part of the prompt {prompt!r}, word for word; maps are of words in it"
+            )
+        chosen = self._settings(config, dict(settings or {}))
+        chosen = replace(chosen, magnet_encoding="none", padding="keep", caption=None, caption_as_prefix=False)
+        processor = RefAMAttnProcessor(chosen)
+        installed = () if self.control is None else self.control.controls
+        began = time.perf_counter()
+        with self._controlled([*installed, processor]):
+            output = self.stock_class.__call__(self, prompt, **call)  # pyright: ignore[reportCallIssue]
+        seconds = time.perf_counter() - began
+        # Of Wan 2.2's two models the first one runs through the noisy half, where the places are decided.
+        name = next(iter(processor.contexts_read()))
+        weights, grid = processor.weights(model=name)[0], processor.grid(model=name)
+        table = self._table_of(prompt, expression, chosen, weights.i2t.shape[1])
+        pixels = _drawn_pixels(output)
+        size = (pixels.shape[-2], pixels.shape[-1]) if pixels is not None else (grid[1], grid[2])
+        shown = pixels if pixels is not None else torch.zeros(1, 3, *size)
+        seen = Seen(expression, shown, size, self.reader.frame_step)
+        scored = score(weights, table, chosen, encoder=self.reader.encoder(chosen.encoder))
+        found = finish(
+            seen, scored, weights, grid, chosen, self._sam(chosen), {}, {"draw": seconds}, self.reader
+        )
+        return Drawing(output, found)
+
+    # --- parts --------------------------------------------------------------------------------------------------
+
+    def _settings(self, config: RefAMConfig | None, settings: Mapping[str, Any]) -> RefAMConfig:
+        base = config if config is not None else self.refam
+        return RefAMConfig.from_dict({**base.as_dict(), **settings}) if settings else base
+
+    def _sam(self, config: RefAMConfig) -> Segmenter | None:
+        if config.sam is None:
+            return None
+        if self._segmenter is None or self._segmenter.name != config.sam:
+            self._segmenter = Segmenter(config.sam, device=self._execution_device)  # type: ignore[attr-defined]
+        return self._segmenter
+
+    def _tasks(
+        self,
+        pairs: Sequence[tuple[Any, str]],
+        config: RefAMConfig,
+        size: tuple[int, int] | None,
+        frames: int | None,
+    ) -> list[_Task]:
+        reader = self.reader
+        expressions = [_checked(expression) for _, expression in pairs]
+        began = time.perf_counter()
+        reader.learn([text for each in expressions for text in reader.texts(each, config)])
+        rows = {each: reader.rows(each, config) for each in dict.fromkeys(expressions)}
+        text_seconds = (time.perf_counter() - began) / len(pairs)
+        known: dict[int, tuple[Seen, Tensor, float]] = {}
+        tasks = []
+        for (picture, _), expression in zip(pairs, expressions, strict=True):
+            if id(picture) not in known:
+                began = time.perf_counter()
+                pixels = pixels_of(picture)
+                if len(pixels) > 1 and not reader.frame_step:
+                    raise ValueError(f"{type(self).__name__} reads single pictures; got {len(pixels)} frames")
+                height, width = pixels.shape[-2:]
+                fitted = check_size(size, reader) if size else fitted_size(height, width, reader)
+                read = pixels[: clip_length(len(pixels), reader, frames)]
+                with torch.no_grad():
+                    latents = reader.encode(resized(read, fitted) * 2 - 1).float().cpu()
+                known[id(picture)] = (
+                    Seen("", pixels, fitted, reader.frame_step),
+                    latents,
+                    time.perf_counter() - began,
+                )
+            seen, latents, seconds = known[id(picture)]
+            seen = replace(seen, expression=expression)
+            tasks.append(_Task(seen, latents, rows[expression], {"encode": seconds, "text": text_seconds}))
+        return tasks
+
+    @contextmanager
+    def _reading(self, config: RefAMConfig) -> Iterator[RefAMAttnProcessor]:
+        """The processor on the denoiser of this noise level, instead of what is installed."""
+        processor = RefAMAttnProcessor(config)
+        installed = self._take_off()
+        try:
+            _, model = self.reader.denoiser(config.sigma)
+            with diffctrl.apply(model, processor, batch_layout="cond"):
+                yield processor
+        finally:
+            self._put_back(installed)
+
+    def _run(
+        self, tasks: Sequence[_Task], config: RefAMConfig, processor: RefAMAttnProcessor, batch_size: int
+    ) -> None:
+        """Fill in the weights; tasks of one shape share forwards."""
+        buckets: dict[tuple[Any, ...], list[_Task]] = {}
+        for task in tasks:
+            buckets.setdefault(task.bucket, []).append(task)
+        for bucket in buckets.values():
+            for start in range(0, len(bucket), batch_size):
+                self._forward(bucket[start : start + batch_size], config, processor)
+
+    def _forward(self, tasks: Sequence[_Task], config: RefAMConfig, processor: RefAMAttnProcessor) -> None:
+        reader = self.reader
+        began = time.perf_counter()
+        embeds = reader.place(torch.stack([task.rows.embeds for task in tasks]))
+        pooled = [task.rows.pooled for task in tasks]
+        stacked = None if pooled[0] is None else reader.place(torch.stack([p for p in pooled if p is not None]))
+        processor.reset()
+        for draw in range(config.n_noise):  # the processor averages over forwards
+            noised = torch.stack([reader.noised(task.latents, config, draw) for task in tasks])
+            with torch.no_grad():
+                reader.forward(noised, embeds, stacked, config)
+        found = processor.weights()
+        seconds = (time.perf_counter() - began) / len(tasks)
+        for task, weights in zip(tasks, found, strict=True):
+            task.weights = weights.cpu()
+            task.seconds["forward"] = task.seconds.get("forward", 0.0) + seconds
+
+    def _redirect(
+        self, tasks: Sequence[_Task], config: RefAMConfig, processor: RefAMAttnProcessor, batch_size: int
+    ) -> None:
+        """Add a magnet where a word with content is a sink, and run again; twice at most."""
+        encoder = self.reader.encoder(config.encoder)
+        for count in range(1, len(_MORE_MAGNETS) + 1):
+            again = []
+            for task in tasks:
+                assert task.weights is not None
+                if unsettled(score(task.weights, task.rows.table, config, encoder=encoder)):
+                    task.rows = self.reader.rows(task.seen.expression, config, _MORE_MAGNETS[:count])
+                    again.append(task)
+            self._run(again, config, processor, batch_size)
+
+    def _finished(self, task: _Task, config: RefAMConfig, segmenter: Segmenter | None) -> Grounding:
+        assert task.weights is not None
+        began = time.perf_counter()
+        encoder = self.reader.encoder(config.encoder)
+        scored = score(task.weights, task.rows.table, config, encoder=encoder)
+        flags = dict(task.rows.flags)
+        if config.sinks == "redirect" and (left := unsettled(scored)):
+            words = ", ".join(scored.table.tokens[i].word for i in left)
+            flags["sink_unsettled"] = f"{words}: still a sink after {len(_MORE_MAGNETS)} more magnets"
+        task.seconds["score"] = time.perf_counter() - began
+        grid = self._grid_of(task)
+        return finish(
+            task.seen, scored, task.weights, grid, config, segmenter, flags, task.seconds, self.reader
+        )
+
+    def _grid_of(self, task: _Task) -> tuple[int, int, int]:
+        height, width = (side // self.reader.multiple for side in task.seen.model_size)
+        assert task.weights is not None
+        return task.weights.i2t.shape[-1] // (height * width), height, width
+
+    def _table_of(self, prompt: str, expression: str, config: RefAMConfig, length: int) -> Any:
+        """The token table of a prompt as the pipeline pads it."""
+        runs = []
+        left = length
+        streams = self.reader.streams
+        for stream in streams:
+            encoded = encode(stream.tokenizer, prompt, limit=stream.limit)
+            rows = left if stream is streams[-1] else stream.limit
+            left -= rows
+            padding = rows - len(encoded)
+            if padding < 0:
+                raise ValueError(f"the prompt is {len(encoded)} tokens for {stream.name}, of {rows} at most")
+            runs.append(
+                Piece(
+                    encoded=encoded, role="expression", encoder=stream.name, padding=padding, after="context"
+                )
+            )
+        return token_table(expression, runs, phrase=config.noun_phrase)
+
+
+def _checked(expression: Any) -> str:
+    if not isinstance(expression, str) or not expression.strip():
+        raise ValueError(f"{expression!r} is no expression; write one, as in 'the red cup left of the plate'")
+    return " ".join(expression.split())
+
+
+def _drawn_pixels(output: Any) -> Tensor | None:
+    """What a stock pipeline drew, or None of latents."""
+    first = output[0] if isinstance(output, tuple) else getattr(output, "images", getattr(output, "frames", None))
+    if first is None or (isinstance(first, Tensor) and first.shape[-3] != 3):
+        return None
+    return pixels_of(first[0])
+
+
+class StableDiffusion3RefAMPipeline(RefAMPipelineMixin, StableDiffusion3Pipeline):
+    """Grounding with Stable Diffusion 3 and 3.5."""
+
+    stock_class = StableDiffusion3Pipeline
+    reader_class = SD3Reader
+
+
+class FluxRefAMPipeline(RefAMPipelineMixin, FluxPipeline):
+    """Grounding with FLUX.1."""
+
+    stock_class = FluxPipeline
+    reader_class = FluxReader
+
+
+class MochiRefAMPipeline(RefAMPipelineMixin, MochiPipeline):
+    """Grounding with Mochi 1, in videos and pictures."""
+
+    stock_class = MochiPipeline
+    reader_class = MochiReader
+
+
+class WanRefAMPipeline(RefAMPipelineMixin, WanPipeline):
+    """Grounding with Wan 2.1 and 2.2 text to video; of two transformers, the one of the noise level."""
+
+    stock_class = WanPipeline
+    reader_class = WanReader
