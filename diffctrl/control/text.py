@@ -46,7 +46,11 @@ class TextState(Protocol):
         """A forward of (batch, tokens) begins; mask bool or integer (B, S) or None."""
         ...
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def layer(self, index: int) -> Any:
+        """What `attend` is given for a layer: no number, which compiled code would be compiled for."""
+        ...
+
+    def attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query (B, S, H, D), key and value (B, S, Hkv, D) -> (B, S, H, D)."""
         ...
 
@@ -86,7 +90,7 @@ class TextControl(Control):
             raise ValueError(f"{self.method} is for inference, without attention dropout; call model.eval()")
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return bound.state.attend(bound.site.layer, q, k, v, scale), None
+        return bound.state.attend(bound.layer, q, k, v, scale), None
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +100,7 @@ class _Bound:
     site: TextSite
     control: TextControl
     state: Any
+    layer: Any
 
 
 # --- the registry of transformers ---------------------------------------------------------------------------
@@ -232,7 +237,7 @@ class _TextAttachment:
 
     def open(self) -> None:
         for site in self.text.sites:
-            setattr(site.module, _SITE, _Bound(site, self.control, self.state))
+            setattr(site.module, _SITE, _Bound(site, self.control, self.state, self.state.layer(site.layer)))
         self._implementation.take(self.model)
         before: Any = torch.compiler.disable(self._before)
         self._hook = self.text.base.register_forward_pre_hook(before, with_kwargs=True)

@@ -19,7 +19,7 @@ from diffctrl.sparsed.layout import Layout
 from diffctrl.sparsed.observe import observe_op, remember
 from diffctrl.sparsed.patterns import Pattern
 from diffctrl.sparsed.record import Record
-from diffctrl.sparsed.run import Run
+from diffctrl.sparsed.run import Layer, Run
 from diffctrl.sparsed.schedule import CommitTrigger, Phase, Schedule
 
 logger = logging.getLogger("diffctrl.sparsed")
@@ -43,6 +43,7 @@ class SparseDController:
         self._device = device
         self._given: tuple[Mapping[int, Pattern], Layout] | None = None
         self._run: Run | None = None
+        self._layers = [Layer(torch.tensor([index])) for index in range(shape.layers)]
         self._logged: set[str] = set()
         self.engine = EngineStats()
         remember(self.engine.number, self)
@@ -87,6 +88,7 @@ class SparseDController:
             device.type,
         )
         dense = self._stays_dense(prediction, schedule, trigger)
+        self._forget_lists()
         self._run = Run(layout, schedule, trigger, dense, device)
         self.engine.reset()
         self.record = Record(config, layout, prediction, dense)
@@ -111,6 +113,7 @@ class SparseDController:
         run = self._running()
         if step == 0 and run.step is not None:
             run.restart(self.config)
+            self._forget_lists()
             if self._given is not None and run.dense is None:
                 self._take_given(*self._given)
         run.enter(step, committed, block)
@@ -118,9 +121,14 @@ class SparseDController:
 
     def reset(self) -> None:
         """The generation is over, or was broken off. Statistics and patterns can still be read."""
+        self._forget_lists()
         for pattern in self.patterns.values():
             pattern.lists.free()
         self._run = None
+
+    def _forget_lists(self) -> None:
+        for layer in self._layers:
+            layer.lists = None
 
     # --- patterns -------------------------------------------------------------------------------------------
 
@@ -190,15 +198,20 @@ class SparseDController:
             raise RuntimeError("SparseD: a forward came before set_step(0); the sampler calls it first")
         run.check(batch, tokens, mask)
         run.prepare(device)
-        if run.given and not run.lists:
-            run.lists = {layer: pattern.lists.on(device) for layer, pattern in self.patterns.items()}
+        if run.given and self._layers[0].lists is None:
+            for index, pattern in self.patterns.items():
+                self._layers[index].lists = pattern.lists.on(device)
         self.record.forwards += 1
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def layer(self, index: int) -> Layer:
+        """What `attend` is given for a layer."""
+        return self._layers[index]
+
+    def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of one layer in the running step.
 
         Args:
-            layer: its index.
+            layer: of `layer(index)`.
             query: (B, S, H, D), after rotary embedding, in the model's order.
             key, value: (B, S, Hkv, D).
             scale: of the scores.
@@ -213,27 +226,26 @@ class SparseDController:
             return self._sparse(run, layer, query, key, value, scale)
         if torch.compiler.is_compiling():
             out = self._dense(run, query, key, value, scale, False)[0]
-            observe_op(query, key, run.token, self.engine.number, layer, scale)
+            observe_op(query, key, run.token, layer.number, self.engine.number, scale)
             return out
-        if run.phase is not Phase.BUILD:
+        if run.phase is not Phase.BUILD or run.given:
             return self._dense(run, query, key, value, scale, False)[0]
         with torch.no_grad():
             builder = Builder.of(self.config, query, key, scale, self.engine)
             out, lse = self._dense(run, query, key, value, scale, builder.wants_lse(scale))
-            self.build(layer, query, key, scale, lse)
+            self.build(int(layer.number), query, key, scale, lse)
         return out
 
     def _sparse(
-        self, run: Run, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self, run: Run, layer: Layer, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
-        lists = run.lists.get(layer)
-        if lists is None:
+        if layer.lists is None:
             raise RuntimeError(
-                f"SparseD: layer {layer} has no pattern in a sparse step; the step that takes it did not run "
-                "that layer"
+                "SparseD: a layer has no pattern in a sparse step: the step that takes it did not run. "
+                "set_step() goes through all steps of a generation in order"
             )
         q, k, v = (run.first(t) for t in (query, key, value))
-        out: Any = attend(q, k, v, mask=lists, scale=scale, stats=self.engine)
+        out: Any = attend(q, k, v, mask=layer.lists, scale=scale, stats=self.engine)
         return run.back(out)
 
     def _dense(
@@ -267,7 +279,7 @@ class SparseDController:
                 lse = run.first(lse.transpose(1, 2)).transpose(1, 2)
             pattern = builder.build(run.first(query), run.first(key), run.layout, lse)
         self.record.patterns[layer] = pattern
-        run.lists[layer] = pattern.lists.on(query.device)
+        self._layers[layer].lists = pattern.lists.on(query.device)
 
     # --- what is asked --------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def table_form(arch: int, head_dim: int) -> Form:
     """
     large = arch // 10 in (9, 10)
     if head_dim > 128:
-        return Form(tile=32 if large else 16, warps=8)
+        return Form(tile=32, warps=8) if large else Form(tile=16, warps=8, stages=1)
     if not large:
         return Form(tile=64 if head_dim <= 64 else 32, warps=8)
     return Form(descriptor=arch // 10 == 9 and head_dim in (64, 128))

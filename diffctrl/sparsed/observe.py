@@ -23,13 +23,13 @@ def remember(number: int, controller: SparseDController) -> None:
 
 
 @torch.library.custom_op("diffctrl::sparsed_observe", mutates_args=("token",))
-def observe_op(query: Tensor, key: Tensor, token: Tensor, number: int, layer: int, scale: float) -> None:
+def observe_op(query: Tensor, key: Tensor, token: Tensor, layer: Tensor, number: int, scale: float) -> None:
     """Hands queries and keys of a layer to the controller of that number; `token` is said to change."""
     controller = _BY_NUMBER.get(number)
     if controller is not None:
-        controller.build(layer, query, key, scale, None)
+        controller.build(int(layer), query, key, scale, None)
 
 
 @observe_op.register_fake
-def _(query: Tensor, key: Tensor, token: Tensor, number: int, layer: int, scale: float) -> None:
+def _(query: Tensor, key: Tensor, token: Tensor, layer: Tensor, number: int, scale: float) -> None:
     return None

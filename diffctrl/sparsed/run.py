@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,19 @@ from diffctrl.sparsed.config import SparseDConfig
 from diffctrl.sparsed.layout import Layout
 from diffctrl.sparsed.patterns import full_lists
 from diffctrl.sparsed.schedule import CommitTrigger, Phase, Schedule
+
+
+@dataclass(slots=True, eq=False)
+class Layer:
+    """What compiled code reads of a layer. Tensors, so that the layers of a model share their graphs.
+
+    Attributes:
+        number: int64 (1,) on the CPU, its index.
+        lists: its pattern on the device of the model, or None.
+    """
+
+    number: Tensor
+    lists: DeviceLists | None = None
 
 
 class Run:
@@ -26,7 +41,6 @@ class Run:
         step: the running one, or None before the first.
         phase: of that step.
         is_sparse: whether it is sparse; compiled code depends on this and no more.
-        lists: the pattern of each layer, from the step that takes it on.
         given: whether patterns were loaded.
         token: uint8 (1,); tells compiled code that `observe` has an effect.
     """
@@ -43,7 +57,6 @@ class Run:
         self.step: int | None = None
         self.phase = Phase.DENSE
         self.is_sparse = False
-        self.lists: dict[int, DeviceLists] = {}
         self.given = False
         self.token = torch.zeros(1, dtype=torch.uint8, device=device)
         self.mask: Tensor | None = None
@@ -59,7 +72,7 @@ class Run:
 
     def restart(self, config: SparseDConfig) -> None:
         """Step 0 came again: drop what the steps left."""
-        self.lists, self.given, self.step = {}, False, None
+        self.given, self.step = False, None
         self.trigger = CommitTrigger(config) if self.trigger is not None else None
 
     def enter(self, step: int, committed: float | None, block: int | None) -> None:
