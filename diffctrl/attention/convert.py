@@ -157,7 +157,8 @@ def _split_keys(
     nk = -(-lists.lengths[1] // bk)
     # The cut block may cover fewer small blocks than `parts`; being last in its list, it loses its end only.
     used = (torch.arange(finer.shape[-1]) < (counts * parts).unsqueeze(-1)) & (finer < nk)
-    return used.sum(-1, dtype=torch.int32), finer.masked_fill(~used, 0).contiguous()
+    # The package refuses lists that are wider than there are blocks.
+    return used.sum(-1, dtype=torch.int32), finer.masked_fill(~used, 0)[..., :nk].contiguous()
 
 
 def _merge_queries(

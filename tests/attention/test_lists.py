@@ -213,6 +213,7 @@ def test_fa4_lists_attend_the_same_pairs(sq, sk, seed, dim):
     assert torch.equal(again.to_dense_bool(), lists.to_dense_bool())
     assert int(fa4.mask_count.sum()) == 0
     assert fa4.mask_index.shape == (1, 2, lists.n_q_blocks, 1)
+    assert fa4.full_index.shape[-1] <= -(-sk // fa4.block[1])  # wider lists are refused by the package
 
 
 def test_fa4_lists_on_sm100_and_refusals():
