@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-# Share of right guesses at masked answer tokens of lookups from which on the next length is worth its time.
-# About half of the masked tokens stand beside unmasked ones that tell which fact is meant.
+from .training_text_data import EVERY_TASK
+
+# Share of right guesses at masked values of lookups from which on the next length is worth its time.
 _LEARNT = 0.97
 _FEWEST_LOOKS = 6
 _FIRST_FORCED, _LAST_FORCED = 0.45, 0.75
@@ -35,8 +36,7 @@ class Curriculum:
         """The length of the next chunk: the one that is furthest behind its share of the time."""
         self._unlock(fraction)
         open_lengths = self.lengths[: self.unlocked]
-        weights = dict.fromkeys(open_lengths, 1.0)
-        weights[open_lengths[0]] += 1.0  # the only one with all tasks
+        weights = {length: 2.0 if length <= EVERY_TASK else 1.0 for length in open_lengths}
         weights[open_lengths[-1]] += 1.0
         return min(open_lengths, key=lambda length: self.seconds.get(length, 0.0) / weights[length])
 

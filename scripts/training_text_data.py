@@ -3,20 +3,22 @@
 import torch
 from torch import Tensor
 
-from diffctrl.zoo.tasks import SHORTEST, Draw, Examples, sample
+from diffctrl.zoo.tasks import Draw, Examples, sample
 
 # Lookups are what the model is for, and what long rows are for; the other tasks are over in a short row.
-_SHORT_SHARES = {"facts": 0.46, "copy": 0.12, "reverse": 0.1, "sort": 0.1, "add": 0.16, "scene": 0.06}
-_MIDDLE_SHARES = {"facts": 0.7, "copy": 0.15, "reverse": 0.15}
-_SHORT, _MIDDLE = 64, 128
+_SHARES = {
+    32: {"facts": 0.28, "copy": 0.12, "reverse": 0.12, "sort": 0.14, "add": 0.26, "scene": 0.08},
+    64: {"facts": 0.42, "copy": 0.13, "reverse": 0.11, "sort": 0.12, "add": 0.14, "scene": 0.08},
+    128: {"facts": 0.7, "copy": 0.15, "reverse": 0.15},
+}
+EVERY_TASK = 64
+"""Rows of up to so many tokens hold all tasks."""
 
 
 def task_counts(rows: int, tokens: int) -> dict[str, int]:
     """Rows of each task among `rows` of `tokens` tokens; they add up."""
-    shares = _SHORT_SHARES if tokens <= _SHORT else _MIDDLE_SHARES if tokens <= _MIDDLE else {"facts": 1.0}
-    shares = {name: share for name, share in shares.items() if tokens >= SHORTEST[name]}
-    total = sum(shares.values())
-    counts = {name: int(rows * share / total) for name, share in shares.items()}
+    shares = next((shares for limit, shares in _SHARES.items() if tokens <= limit), {"facts": 1.0})
+    counts = {name: int(rows * share) for name, share in shares.items()}
     counts["facts"] += rows - sum(counts.values())
     return counts
 

@@ -91,7 +91,8 @@ class TextForward:
         """(B, S) int64 -> (T, C), before the last norm."""
         rows, tokens = ids.shape
         cosine, sine = (table.repeat(rows, 1) for table in self._table(tokens, ids.device))
-        hidden = self._lookup(self.table, ids.flatten())
+        # The sum over layers stays in float32 under autocast, as in the stock model.
+        hidden = self._lookup(self.table, ids.flatten()).float()
         for layer in self.model.model.layers:
             query, key, value = self._projections(layer, hidden, cosine, sine)
             hidden = self._rest(layer, hidden, self._attended(query, key, value, rows))

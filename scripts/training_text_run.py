@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffctrl.zoo.tasks import TASKS, Examples
+from diffctrl.zoo.tasks import FACT_TOKENS, TASKS, Examples
 from diffctrl.zoo.tasks.vocabulary import MASK
 from diffctrl.zoo.text import TextSize, text_model
 
@@ -17,14 +17,14 @@ from .training_checkpoint import checkpoint_facts, load_checkpoint, save_checkpo
 from .training_loop import Clock, StepRunner, say, training_device
 from .training_optimizer import Optimizer, WeightAverage, learning_rate_at
 from .training_text_curriculum import Curriculum
-from .training_text_data import ExerciseBatches, answer_offsets
+from .training_text_data import EVERY_TASK, ExerciseBatches, answer_offsets
 from .training_text_forward import TextForward
 from .training_text_pack import write_pack
 from .training_text_probe import Probe
 
 SMOKE_SIZE = TextSize(width=64, layers=2, heads=2, key_heads=2, head_dim=32, mlp=128)
-LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-_SMOKE_LENGTHS = (48, 64)
+LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_SMOKE_LENGTHS = (32, 48)
 _SLICE_MARGIN_SECONDS = 20.0
 _LEAST_MASKED = 1e-3
 _TAIL_WEIGHT = 0.1
@@ -58,7 +58,7 @@ class TextOptions:
 
     state: Path
     pack: Path | None = None
-    minutes: float = 8.0
+    minutes: float = 6.5
     slice_seconds: float = 570.0
     batch_tokens: int = 32_768
     longest: int = LENGTHS[-1]
@@ -68,7 +68,7 @@ class TextOptions:
     weight_decay: float = 0.01
     chunk: int = 32
     report_seconds: float = 10.0
-    probe_minutes: float = 0.5
+    probe_minutes: float = 1.0
     probe_rows: int = 64
     seed: int = 0
     commit: str = "unknown"
@@ -131,8 +131,7 @@ class TextTraining:
         loss.backward()
         self.optimizer.step()
         self.average.update()
-        counted = (ids == MASK) & (answer_offsets(examples) < examples.length[:, None])
-        self.tally.add(loss.detach(), right, counted, examples.task)
+        self.tally.add(loss.detach(), right, (ids == MASK) & telling(examples), examples.task)
 
     def run(self, since: float) -> bool:
         """Train until the budget or the slice ends; saves the checkpoint and the pack."""
@@ -222,7 +221,7 @@ class TextTraining:
                 length,
                 min(self.options.probe_rows, max(8, 2 * self.options.batch_tokens // length)),
                 self.device,
-                every_task=length == self.curriculum.lengths[0],
+                every_task=length <= EVERY_TASK,
                 steps=8 if self.options.smoke else 24,
             )
             shares = probe.shares(self.averaged)
@@ -310,6 +309,17 @@ def masked_batch(examples: Examples) -> tuple[Tensor, Tensor]:
     masked = (offset >= 0) & (torch.rand(rows, tokens, device=device) < level)
     weight = torch.where(offset <= examples.length[:, None], 1.0, _TAIL_WEIGHT) * (offset >= 0)
     return torch.where(masked, MASK, examples.ids), weight * masked / (level * weight.sum())
+
+
+def telling(examples: Examples) -> Tensor:
+    """(B, S) bool: answer tokens that show whether a task is mastered; of looked-up facts only the values.
+
+    The rest of such an answer repeats the question.
+    """
+    offset = answer_offsets(examples)
+    value = (offset % FACT_TOKENS == 2) | (offset % FACT_TOKENS == 3)
+    inside = (offset >= 0) & (offset < examples.length[:, None])
+    return inside & (value | (examples.task != TASKS.index("facts"))[:, None])
 
 
 class _Report:

@@ -21,6 +21,8 @@ LONGEST_STRING = 60
 LONGEST_SORT = 32
 MOST_DIGITS = 5
 MOST_QUERIES = 16
+FACT_TOKENS = 5
+"""Tokens of a fact, and of an answer to a question for one: adjective, noun, digit, food, mark."""
 LONGEST_TAIL = 128
 """`<eos>` tokens after the answers of looked-up facts, at most."""
 
