@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +25,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = _parser().parse_args(arguments)
     import torch
 
+    from diffctrl.scripts.bench.harness import commit
     from diffctrl.scripts.evaluation_image import Judges, suites
 
     if options.quick:
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "topic": "zoo_image",
         "command": _command(arguments or sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "versions": _versions(),
         "seeds": SEEDS_NOTE,
@@ -255,17 +255,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _commit() -> str:
-    folder = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -123,12 +123,12 @@ def _card(facts: dict[str, Any], metrics: dict[str, Any], call: dict[str, Any]) 
         for row in figures
         if row.get("low") is not None and row.get("bar") is not None
     )
+    runs = []
     earlier = facts.get("started_from")
-    history = (
-        f"\n  It went on from weights of {earlier['steps']} steps and {earlier['minutes']:.1f} minutes."
-        if earlier
-        else ""
-    )
+    while earlier:
+        runs.append(f"{earlier['steps']} steps in {earlier['minutes']:.1f} minutes")
+        earlier = earlier.get("started_from")
+    history = f"\n  Before it, newest first: {'; '.join(runs)}." if runs else ""
     table = f"| figure | value [95 %] | bar |\n|---|---|---|\n{rows}\n" if rows else "Not evaluated yet.\n"
     return f"""---
 license: apache-2.0
