@@ -66,6 +66,23 @@ _ALL = (
         paper="arXiv 2506.10978",
     ),
     Method(
+        name="radial",
+        title="Radial Attention",
+        summary="the same video in less time: what lies far away in time is attended in ever thinner bands",
+        config="diffctrl.radial:RadialConfig",
+        processor="diffctrl.processors:RadialAttnProcessor",
+        families=(
+            "wan",
+            "wan_vace",
+            "hunyuan_video",
+            "hunyuan_video15",
+            "mochi",
+            "cogvideox",
+            "ltx",
+        ),
+        paper="arXiv 2506.19852",
+    ),
+    Method(
         name="sparsed",
         title="SparseD",
         summary="long-context diffusion language models faster: each head keeps the key blocks it looks at",

@@ -2,8 +2,10 @@
 
 from diffctrl.processors.base import ControlAttnProcessor, NeutralAttnProcessor
 from diffctrl.processors.capture import CaptureAttnProcessor
+from diffctrl.processors.radial import RadialAttnProcessor
 from diffctrl.processors.softpag import SoftPAGAttnProcessor
 from diffctrl.processors.sparsed import SparseDAttnProcessor
+from diffctrl.radial import RadialConfig
 from diffctrl.softpag import SoftPAGConfig
 from diffctrl.sparsed import SparseDConfig
 
@@ -11,6 +13,8 @@ __all__ = [
     "CaptureAttnProcessor",
     "ControlAttnProcessor",
     "NeutralAttnProcessor",
+    "RadialAttnProcessor",
+    "RadialConfig",
     "SoftPAGAttnProcessor",
     "SoftPAGConfig",
     "SparseDAttnProcessor",

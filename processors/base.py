@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from diffctrl.attention import attend, gives_lse
+from diffctrl.attention import Shard, attend, gives_lse
 from diffctrl.control import Control
 from diffctrl.families import Call, Inputs, Site
 
@@ -78,7 +79,8 @@ class ControlAttnProcessor(Control, AttnProcessor):
     ) -> tuple[Tensor, Tensor | None]:
         """The output, and the log-sum-exp where it is wanted and comes with the very same output."""
         stats = site.context.stats
-        if site.mask is None and site.route.dense is not None:
+        shard = None if self._parallel_config is None else _shard(site, call)
+        if site.mask is None and site.route.dense is not None and shard is None:
             if not torch.compiler.is_compiling():  # the engine does not count inside compiled code either
                 stats.record("stock")
             return site.route.dense(attn, call, self._attention_backend), None
@@ -93,8 +95,24 @@ class ControlAttnProcessor(Control, AttnProcessor):
         if wants_lse and gives_lse(*operands, **settings):
             result: Any = attend(*operands, **settings, return_lse=True, stats=stats)
             return result
-        output: Any = attend(*operands, **settings, stats=stats)
+        output: Any = attend(*operands, **settings, shard=shard, stats=stats)
         return output, None
+
+
+def _shard(site: Site, call: Call) -> Shard | None:
+    """This device's part of the sequence, where the engine has to exchange it; None for the stock way."""
+    info, text = site.context.info, call.text
+    # diffusers splits text as well where a model has a plan of its own; a plan of ours leaves it whole.
+    whole_text = text is not None and text.length == info.text_length
+    if not call.parallel or not (whole_text or site.mask is not None):
+        return None
+    if text is not None and not whole_text:
+        raise RuntimeError(
+            f"{site.name}: block lists need the text whole on every device, but the plan of the context "
+            "parallelism splits it; pass cp_plan=diffctrl.control.context_parallel_plan(model) to "
+            "`model.enable_parallelism`"
+        )
+    return Shard(call.image.start, call.image.stop, math.prod(site.context.grid()))
 
 
 class NeutralAttnProcessor(ControlAttnProcessor):

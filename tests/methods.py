@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diffctrl.processors import ControlAttnProcessor, NeutralAttnProcessor, SoftPAGAttnProcessor
+from diffctrl.processors import (
+    ControlAttnProcessor,
+    NeutralAttnProcessor,
+    RadialAttnProcessor,
+    SoftPAGAttnProcessor,
+)
 
 
 @dataclass(frozen=True)
@@ -29,4 +34,18 @@ METHODS: tuple[MethodCase, ...] = (
     MethodCase("neutral", NeutralAttnProcessor, neutral=True),
     MethodCase("softpag-u0", lambda: SoftPAGAttnProcessor(u=0.0), neutral=True),
     MethodCase("softpag", lambda: SoftPAGAttnProcessor(u=0.5, w=2.0)),
+    MethodCase(
+        "radial-dense",
+        lambda: RadialAttnProcessor(dense_fraction=1.0),
+        neutral=True,
+        families=RadialAttnProcessor.families,
+    ),
+    MethodCase(
+        "radial",
+        # Bands of a few tokens on every frame but the own one: the tiny models have two or three frames.
+        lambda: RadialAttnProcessor(
+            block=4, adjacent="decay", sink=False, dense_steps=0, dense_last_steps=0, dense_blocks=0
+        ),
+        families=RadialAttnProcessor.families,
+    ),
 )

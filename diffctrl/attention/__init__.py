@@ -10,6 +10,7 @@ from .lists import BlockLists, DeviceLists
 from .lse import logsumexp_of, merge
 from .rules import Rule
 from .stats import EngineStats
+from .ulysses import Shard
 
 __all__ = [
     "BlockLists",
@@ -18,6 +19,7 @@ __all__ = [
     "KernelReport",
     "Rule",
     "Selection",
+    "Shard",
     "attend",
     "gives_lse",
     "kernel_report",

@@ -13,6 +13,7 @@ from .kernels.sdpa import active_backend, fused_on_cpu, stock_attention, stock_a
 from .lists import BlockLists, DeviceLists, origin_of
 from .ops import attend_op, run_chain
 from .stats import EngineStats
+from .ulysses import Exchange, Shard
 
 _HALF = (torch.float16, torch.bfloat16)
 _SECOND_PASS = ("sdpa", "xformers")  # kernels that give no log-sum-exp of their own
@@ -30,6 +31,7 @@ def attend(
     return_lse: bool = False,
     backend: str | None = None,
     parallel_config: Any = None,
+    shard: Shard | None = None,
     kernel: str | None = None,
     stats: EngineStats | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +53,10 @@ def attend(
         return_lse: also return the log-sum-exp of the scaled scores.
         backend: attention backend of diffusers for dense calls; what `set_attention_backend` stored in a
             processor. Block lists do not run on one: the chain takes the call then, counted and logged.
-        parallel_config: a processor's `_parallel_config`, for the stock dispatcher; refused with block lists.
+        parallel_config: a processor's `_parallel_config`. Dense calls hand it to the stock dispatcher; lists
+            (for the whole sequence), and calls with a shard, exchange tokens for heads over all devices
+            (Ulysses).
+        shard: which tokens of this device are its share; all are, where a mask is given and no shard.
         kernel: name of the one kernel to use; an error where it cannot be used, never another one instead.
         stats: where the call is counted.
 
@@ -69,14 +74,14 @@ def attend(
     (torch.Size([1, 5, 2, 8]), 1.0, 5.0)
     """
     _check(query, key, value, mask, attn_mask, precision)
+    if parallel_config is not None and (mask is not None or shard is not None):
+        if return_lse:
+            raise ValueError("return_lse is not available across devices: lse would be one device's part.")
+        settings: dict[str, Any] = {"scale": scale, "backend": backend, "kernel": kernel, "stats": stats}
+        return _across_devices(query, key, value, mask, attn_mask, parallel_config, shard, settings)
     if mask is None:
         return _dense(
             query, key, value, attn_mask, scale, return_lse, backend, parallel_config, kernel, stats
-        )
-    if parallel_config is not None:
-        raise ValueError(
-            "Block lists do not run under context parallelism yet: each rank would need its own lists. Use "
-            "the mask without enable_parallelism, or the parallel model without the mask."
         )
     return _sparse(query, key, value, mask, scale, return_lse, backend, kernel, stats)
 
@@ -116,6 +121,33 @@ def gives_lse(
         for needs_lse in (False, True)
     ]
     return kernels[0] == kernels[1] and kernels[0] not in _SECOND_PASS
+
+
+def _across_devices(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: BlockLists | DeviceLists | None,
+    attn_mask: torch.Tensor | None,
+    parallel_config: Any,
+    shard: Shard | None,
+    settings: dict[str, Any],
+) -> torch.Tensor:
+    """All tokens of this device's heads, attended as on one device."""
+    local = query.shape[1]
+    if key.shape[1] != local:
+        raise ValueError(
+            f"Tokens that devices share attend themselves: {local} queries and {key.shape[1]} keys cannot."
+        )
+    if shard is None:
+        if not isinstance(mask, BlockLists):
+            raise ValueError("Lists on a device do not tell the whole length: pass shard=Shard(...) as well.")
+        shard = Shard(0, local, mask.lengths[1])
+    exchange = Exchange.of(parallel_config, shard, query, key)
+    operands = (exchange.gather(part) for part in (query, key, value))
+    lists = None if mask is None else exchange.lists(mask, exchange.length(local))
+    out: Any = attend(*operands, mask=lists, attn_mask=exchange.key_mask(attn_mask, local), **settings)
+    return exchange.scatter(out)
 
 
 def _sparse(

@@ -2,7 +2,14 @@
 
 from diffctrl.control.context import Context, Rows
 from diffctrl.control.control import Contributions, Control, Guidance, Published
-from diffctrl.control.install import ControlHandle, apply, attach, set_attn_processor, summary
+from diffctrl.control.install import (
+    ControlHandle,
+    apply,
+    attach,
+    context_parallel_plan,
+    set_attn_processor,
+    summary,
+)
 
 __all__ = [
     "Context",
@@ -14,6 +21,7 @@ __all__ = [
     "Rows",
     "apply",
     "attach",
+    "context_parallel_plan",
     "set_attn_processor",
     "summary",
 ]

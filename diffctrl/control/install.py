@@ -80,10 +80,17 @@ class _Attachment:
                 continue
             bound: Any = copy.copy(acting[0])  # one object per layer, so that a backend can be set per layer
             bound.controls = tuple(acting)
-            for attribute in ("_attention_backend", "_parallel_config"):
-                setattr(bound, attribute, getattr(site.stock, attribute, None))
+            bound._attention_backend = getattr(site.stock, "_attention_backend", None)
+            bound._parallel_config = self._parallel_config(site)
             self._bound.append((site, bound))
         self._put_on()
+
+    def _parallel_config(self, site: Site) -> Any:
+        """As the stock processor has it; some (Mochi's, CogVideoX's) are passed over where it is enabled."""
+        if hasattr(site.stock, "_parallel_config"):
+            return site.stock._parallel_config
+        config = getattr(self.model, "_parallel_config", None)
+        return config if getattr(config, "context_parallel_config", None) is not None else None
 
     def _put_on(self) -> None:
         for site, bound in self._bound:
@@ -270,6 +277,20 @@ def _language_model(target: Any) -> Any:
     held = target if isinstance(target, nn.Module) else getattr(target, "model", None)
     held = getattr(held, "_orig_mod", held)
     return held if is_text_model(held) else None
+
+
+def context_parallel_plan(model: nn.Module) -> dict[str, Any]:
+    """A plan for `model.enable_parallelism(config=..., cp_plan=...)` under which block lists work (Ulysses).
+
+    diffusers has plans for Wan and LTX-Video, which are returned as they are. With ours, the text is whole on
+    every device, which the stock processors of these models do not expect: put a control on the model before
+    it runs, and keep it on.
+
+    Raises:
+        TypeError: the model has no family, or cannot be split by a plan.
+    """
+    model = getattr(model, "_orig_mod", model)
+    return family_of(model).parallel_plan(model)
 
 
 def set_attn_processor(target: Any, processor: Any) -> ControlHandle:

@@ -228,6 +228,17 @@ class Family(ABC):
     def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
         """Read grid, text layout and batch off the bound arguments of one forward call."""
 
+    def parallel_plan(self, model: nn.Module) -> dict[str, Any]:
+        """A plan for `model.enable_parallelism` that splits the video and leaves text whole on every device.
+
+        Raises:
+            TypeError: the model cannot be split by a plan.
+        """
+        plan = getattr(model, "_cp_plan", None)
+        if plan is None:
+            raise TypeError(f"{self.title} has no plan for context parallelism, in diffusers or here")
+        return dict(plan)
+
     def auxiliary(self, call: Mapping[str, Any]) -> bool:
         """Whether a pipeline makes this call for a guidance of its own, besides cond and uncond."""
         return False

@@ -28,6 +28,7 @@ from diffctrl.families.base import (
     split_name,
     to_heads,
 )
+from diffctrl.families.parallel import video_plan
 from diffctrl.families.plain import kernel_mask
 
 
@@ -101,6 +102,15 @@ class CogVideoXFamily(Family):
     def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
         stack, layer, _ = split_name(name)
         return Place("joint", stack, layer)
+
+    def parallel_plan(self, model: nn.Module) -> dict[str, Any]:
+        from diffusers.models._modeling_parallel import ContextParallelInput
+
+        plan = video_plan("transformer_blocks.0", rotary=None)
+        if model.config.use_rotary_positional_embeddings:  # an argument of the model, (cos, sin)
+            turn = ContextParallelInput(split_dim=0, expected_dims=2, split_output=False)
+            plan[""] = {"image_rotary_emb": [turn, turn]}
+        return plan
 
     def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
         latents, config = call["hidden_states"], model.config

@@ -28,6 +28,7 @@ from diffctrl.families.base import (
     split_name,
     text_projections,
 )
+from diffctrl.families.parallel import video_plan
 from diffctrl.families.plain import PLAIN
 
 
@@ -95,6 +96,16 @@ class HunyuanVideoFamily(Family):
             return Place("text", "refiner")
         stack, layer, _ = split_name(name)
         return Place("joint", stack, layer)
+
+    def parallel_plan(self, model: nn.Module) -> dict[str, Any]:
+        if model.config.image_condition_type == "token_replace":
+            raise TypeError(
+                "HunyuanVideo models that replace the first frame's tokens count them from the start of the "
+                "sequence in every block, which only the first device has; run them on one device"
+            )
+        return video_plan(
+            "transformer_blocks.0" if model.config.num_layers else "single_transformer_blocks.0"
+        )
 
     def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
         latents, config = call["hidden_states"], model.config

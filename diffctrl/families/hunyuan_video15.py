@@ -29,6 +29,7 @@ from diffctrl.families.base import (
     split_name,
     text_projections,
 )
+from diffctrl.families.parallel import video_plan
 from diffctrl.families.plain import PLAIN
 
 
@@ -95,6 +96,9 @@ class HunyuanVideo15Family(Family):
             return Place("text", "refiner")
         stack, layer, _ = split_name(name)
         return Place("joint", stack, layer)
+
+    def parallel_plan(self, model: nn.Module) -> dict[str, Any]:
+        return video_plan("transformer_blocks.0")
 
     def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
         latents, config, image = call["hidden_states"], model.config, call["image_embeds"]

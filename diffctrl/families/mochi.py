@@ -27,6 +27,7 @@ from diffctrl.families.base import (
     split_name,
     text_projections,
 )
+from diffctrl.families.parallel import video_plan
 
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
@@ -40,7 +41,8 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
     # Valid tokens move to the front, where the stock processor leaves their outputs.
     order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
     text = [
-        part.gather(1, order[:, :, None, None].expand_as(part)) for part in text_projections(attn, inputs.encoder_hidden_states)
+        part.gather(1, order[:, :, None, None].expand_as(part))
+        for part in text_projections(attn, inputs.encoder_hidden_states)
     ]
     query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), text, strict=True))
 
@@ -106,6 +108,9 @@ class MochiFamily(Family):
     def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
         stack, layer, _ = split_name(name)
         return Place("joint", stack, layer)
+
+    def parallel_plan(self, model: nn.Module) -> dict[str, Any]:
+        return video_plan("transformer_blocks.0", dims=3)
 
     def describe(self, model: nn.Module, call: Mapping[str, Any]) -> ForwardInfo:
         latents, patch = call["hidden_states"], model.config.patch_size

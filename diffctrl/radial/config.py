@@ -124,9 +124,15 @@ class DenseParts:
     last_steps: int | None = None
     blocks: int = 0
 
-    def needs_step(self) -> bool:
-        """Whether a run has to be known to answer `is_dense`."""
-        return bool(self.steps if self.steps is not None else self.fraction) or self.last_steps != 0
+    @property
+    def always(self) -> bool:
+        """Whether no step is sparse, whatever the run."""
+        return self.steps is None and self.fraction == 1.0
+
+    @property
+    def never(self) -> bool:
+        """Whether every step is sparse, whatever the run."""
+        return not (self.fraction if self.steps is None else self.steps) and self.last_steps == 0
 
     def first(self, total: int) -> int:
         """Dense steps at the beginning of a run of `total` steps.

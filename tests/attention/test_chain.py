@@ -347,7 +347,6 @@ def test_calls_that_do_not_fit_are_refused():
         ({"mask": random_lists((8, 8), (40, 48))}, r"for \(40, 48\) \(query, key\) tokens, the tensors have"),
         ({"mask": random_lists((8, 8), (40, 40), heads=3)}, "3 heads, the query has 4"),
         ({"mask": random_lists((8, 8), (40, 40), n_valid=[1, 2, 3])}, "3 batch rows, the query has 2"),
-        ({"mask": mask, "parallel_config": object()}, "context parallelism"),
     ):
         with pytest.raises(ValueError, match=message):
             attend(q, k, v, **kwargs)

@@ -1,0 +1,108 @@
+"""Radial Attention: the same video in less time, by block lists that thin out with the distance of frames."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from diffctrl.control import Context, Contributions, Published
+from diffctrl.families import ForwardInfo, Site
+from diffctrl.processors.base import ControlAttnProcessor
+from diffctrl.radial import DenseParts, Layout, Pattern, RadialConfig, block_lists, preset
+from diffctrl.radial.presets import NATIVE_FRAMES, is_extended, resolve
+
+logger = logging.getLogger("diffctrl.radial")
+
+
+class RadialAttnProcessor(ControlAttnProcessor):
+    """Attends near frames in full and far ones in bands that halve in width as their distance doubles.
+
+    Args:
+        config: the settings; keywords change single fields, as in `RadialAttnProcessor(dense_steps=6)`.
+
+    Raises:
+        ValueError: a setting is out of range, or (when applied) more blocks are to stay dense than there are.
+
+    Source: arXiv 2506.19852. The mask is static: one for all heads, layers and sparse steps, made once for
+    each size. Text is attended by all and attends all. Only the video's own attention in the model's main
+    blocks is thinned: not cross-attention, text refiners or the adapter blocks of VACE.
+    """
+
+    method = "radial"
+    contributes = Contributions(masks=True)
+    families = tuple(NATIVE_FRAMES)
+
+    def __init__(self, config: RadialConfig | None = None, **settings: Any) -> None:
+        super().__init__()
+        config = config or RadialConfig()
+        self.config = replace(config, **settings) if settings else config
+
+    def describe(self) -> str:
+        given = [(f.name, getattr(self.config, f.name)) for f in fields(self.config)
+                 if getattr(self.config, f.name) != f.default]  # fmt: skip
+        return f"radial({', '.join(f'{name}={value}' for name, value in given) or 'preset'})"
+
+    def acts_on(self, site: Site) -> bool:
+        return site.kind in ("joint", "self") and site.stack in site.family.stacks
+
+    def check(self, sites: Sequence[Site]) -> None:
+        blocks = _blocks(self.select(sites))
+        if self.config.dense_blocks is not None and self.config.dense_blocks >= blocks:
+            raise ValueError(
+                f"dense_blocks={self.config.dense_blocks} leaves none of the {blocks} blocks of this "
+                f"{sites[0].family.title} model to be sparse"
+            )
+
+    def prepare(self, context: Context, previous: Published | None) -> Published | None:
+        sites = self.select(list(context.sites.values()))
+        info = context.info
+        assert info is not None
+        frames, rows, columns = context.grid()
+        pattern, dense = self.resolved(sites[0].family.name, frames, context.experts)
+        if dense.always or (not dense.never and dense.is_dense(*context.run_step())):
+            return None
+        layout = layout_of(sites[0], info, (frames, rows, columns))
+        key = (pattern, layout, dense.blocks)
+        if previous is not None and previous.key == key:
+            return previous
+        self._notes(context, sites[0], frames)
+        lists = block_lists(pattern, layout)
+        family = sites[0].family
+        sparse = [site for site in sites if family.flat_layer(sites, site) >= dense.blocks]
+        return Published(key, masks={site.name: lists for site in sparse})
+
+    def resolved(self, family: str, frames: int, experts: int = 1) -> tuple[Pattern, DenseParts]:
+        """The settings of a model, with the published ones where this processor has none of its own.
+
+        Args:
+            family: the model's family.
+            frames: latent frames of the clip.
+            experts: denoisers of the pipeline.
+        """
+        return resolve(self.config, preset(family, frames=frames, experts=experts))
+
+    @staticmethod
+    def _notes(context: Context, site: Site, frames: int) -> None:
+        name = site.family.name
+        if frames == 1:
+            logger.warning("%s runs on one frame: Radial Attention leaves out nothing there", name)
+        elif is_extended(name, frames):
+            logger.warning(
+                "%s: %d latent frames are %.1f times what %s was made for; without a LoRA for this length "
+                "the video falls apart, with dense attention as well",
+                context.model_name, frames, frames / NATIVE_FRAMES[name], site.family.title,
+            )  # fmt: skip
+
+
+def layout_of(site: Site, info: ForwardInfo, grid: tuple[int, int, int]) -> Layout:
+    """The attention sequence of a model's main blocks."""
+    frames, rows, columns = grid
+    text = (info.text_length or 0) if site.kind == "joint" else 0
+    first = site.kind == "joint" and site.family.text_side == "first"
+    return Layout(frames=frames, tokens=rows * columns, text=text, text_first=first)
+
+
+def _blocks(sites: Sequence[Site]) -> int:
+    return len({(site.stack, site.layer) for site in sites})
