@@ -8,7 +8,7 @@ from torch import Tensor
 from diffctrl.attention import BlockLists
 from diffctrl.families.text import TextModel
 from diffctrl.processors import SparseDAttnProcessor
-from diffctrl.sparsed import Kept, Layout, ModelShape, Pattern, Phase, SparseDConfig, SparseDController
+from diffctrl.sparsed import Kept, Layout, ModelShape, Pattern, SparseDConfig, SparseDController
 from diffctrl.sparsed.layout import RowBlocks
 from diffctrl.sparsed.patterns import block_lists
 from diffctrl.sparsed.pooling import chunked_scores
@@ -39,20 +39,12 @@ class FixedPatternController(SparseDController):
 
     shape_of_pattern: Shape = "window"
 
-    def build(self, layer: int, query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> None:
-        """Put the fixed pattern in the place of the one that would be taken; arguments as of SparseD's."""
-        run = self._running()
-        if run.phase is not Phase.BUILD:
-            return
-        layout = run.layout
-        with torch.no_grad(), self.record.timed(query.device):
-            pattern = self._pattern(run.first(query), run.first(key), layout, scale)
-        self.record.patterns[layer] = pattern
-        run.lists[layer] = pattern.lists.on(query.device)
-
-    def _pattern(self, query: Tensor, key: Tensor, layout: Layout, scale: float) -> Pattern:
+    def pattern(
+        self, query: Tensor, key: Tensor, layout: Layout, scale: float, lse: Tensor | None
+    ) -> Pattern:
+        """The fixed pattern, and the share of the attention that it holds; arguments as of SparseD's."""
         heads, valid = query.shape[2], layout.valid.tolist()
-        scores = chunked_scores(query, key, valid, valid, scale, layout.block)
+        scores = chunked_scores(query, key, valid, valid, scale, layout.block, lse)
         kept, mass = [], []
         for own, row in zip(scores, layout.rows(), strict=True):
             blocks = fixed_blocks(self.shape_of_pattern, row, self.config)

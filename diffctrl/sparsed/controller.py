@@ -273,13 +273,26 @@ class SparseDController:
         run = self._running()
         if run.phase is not Phase.BUILD or run.given:
             return
-        builder = Builder.of(self.config, query, key, scale, self.engine)
         with torch.no_grad(), self.record.timed(query.device):
             if lse is not None:
                 lse = run.first(lse.transpose(1, 2)).transpose(1, 2)
-            pattern = builder.build(run.first(query), run.first(key), run.layout, lse)
+            pattern = self.pattern(run.first(query), run.first(key), run.layout, scale, lse)
         self.record.patterns[layer] = pattern
         self._layers[layer].lists = pattern.lists.on(query.device)
+
+    def pattern(
+        self, query: Tensor, key: Tensor, layout: Layout, scale: float, lse: Tensor | None
+    ) -> Pattern:
+        """The pattern of a layer; what a subclass with another rule overrides.
+
+        Args:
+            query: (B, S, H, D), the real tokens of each row first.
+            key: (B, S, Hkv, D), likewise.
+            layout: of the rows.
+            scale: of the attention.
+            lse: float32 (B, H, S) of its dense attention, in the same order, or None.
+        """
+        return Builder.of(self.config, query, key, scale, self.engine).build(query, key, layout, lse)
 
     # --- what is asked --------------------------------------------------------------------------------------
 
