@@ -1,0 +1,153 @@
+"""Settings, the step rule, the prediction of the gain."""
+
+import pytest
+import torch
+
+from diffctrl import methods, settings
+from diffctrl.errors import BadRequestError
+from diffctrl.processors import SparseDAttnProcessor
+from diffctrl.sparsed import Layout, ModelShape, Phase, Schedule, SparseDConfig, predict
+from diffctrl.sparsed.schedule import CommitTrigger
+
+# With the language head, as the specification's table counts it.
+LLADA = ModelShape(32, 32, 32, 128, 6_979_321_856 + 126_464 * 4096)
+DREAM = ModelShape(28, 28, 4, 128, 6_525_288_448 + 152_064 * 3584)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"select": 0.0}, "not in \\(0, 1\\]"),
+        ({"select": float("nan")}, "not in \\(0, 1\\]"),
+        ({"skip": 1.5}, "not in \\[0, 1\\]"),
+        ({"block_size": 96}, "power of two"),
+        ({"block_size": 256}, "power of two"),
+        ({"mode": "strickt"}, "did you mean strict"),
+        ({"builder": "fussed"}, "did you mean fused"),
+        ({"refresh": "every_n"}, "needs refresh_steps"),
+        ({"refresh_steps": 4}, "belongs to refresh='every_n'"),
+        ({"builder": "sampled", "sampled_rows": 0}, "whole number >= 1"),
+        ({"sampled_rows": 4}, "belongs to builder='sampled'"),
+        ({"isolated": False, "mode": "authors"}, "ablation of mode='strict'"),
+        ({"isolated": 1}, "neither True nor False"),
+        ({"min_gain": -1.0}, "finite number >= 0"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        SparseDConfig(**wrong)
+
+
+def test_unknown_settings_name_the_nearest():
+    with pytest.raises(ValueError, match="did you mean select"):
+        SparseDAttnProcessor(selekt=0.5)
+    with pytest.raises(BadRequestError, match="did you mean block_size"):
+        settings.parse(SparseDConfig, {"blocksize": "32"}, of="sparsed")
+
+
+def test_settings_from_text():
+    text = {"select": "0.5", "block_size": "32", "mode": "authors", "refresh": "none", "auto_dense": "off"}
+    config = settings.parse(SparseDConfig, text, of="sparsed")
+    assert config == SparseDConfig(select=0.5, block_size=32, mode="authors", auto_dense=False)
+    assert settings.parse(SparseDConfig, settings.as_plain(config), of="sparsed") == config
+    assert methods.METHODS["sparsed"].build({"select": 0.5}).config.select == 0.5
+
+
+# --- steps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "total", "dense", "sparse"),
+    [("strict", 128, 26, 102), ("authors", 128, 27, 101), ("authors", 1024, 206, 818), ("strict", 10, 2, 8)],
+)
+def test_step_rule(mode, total, dense, sparse):
+    schedule = Schedule.of(SparseDConfig(mode=mode), total)
+    phases = [schedule.phase(step) for step in range(total)]
+    assert phases.count(Phase.SPARSE) == sparse
+    assert phases[:dense] == [Phase.DENSE] * (dense - 1) + [Phase.BUILD]
+    assert schedule.count() == {phase: phases.count(phase) for phase in Phase}
+
+
+def test_ends_of_the_step_rule():
+    assert Schedule.of(SparseDConfig(skip=0.0), 8).count()[Phase.SPARSE] == 7
+    for config in (SparseDConfig(skip=1.0), SparseDConfig(select=1.0), SparseDConfig(skip=0.95)):
+        assert Schedule.of(config, 8).count() == {Phase.DENSE: 8, Phase.BUILD: 0, Phase.SPARSE: 0}
+    assert Schedule.of(SparseDConfig(), 1).count()[Phase.SPARSE] == 0
+
+
+def test_refresh():
+    every = Schedule.of(SparseDConfig(refresh="every_n", refresh_steps=4), 16)
+    assert sorted(every.builds) == [3, 7, 11, 15]
+    blocks = Schedule.of(SparseDConfig(refresh="per_block"), 16, blocks=4)
+    assert sorted(blocks.builds) == [3, 4, 8, 12]
+    for schedule in (every, blocks):
+        phases = [schedule.phase(step) for step in range(16)]
+        assert schedule.count() == {phase: phases.count(phase) for phase in Phase}
+    with pytest.raises(ValueError, match="share the steps"):
+        Schedule.of(SparseDConfig(), 16, blocks=3)
+
+
+def test_trigger_by_what_is_committed():
+    trigger = CommitTrigger(SparseDConfig(trigger="committed"))
+    seen = [trigger.phase(step, share, None) for step, share in enumerate((0.0, 0.1, 0.2, 0.2, 0.9))]
+    assert seen == [Phase.DENSE, Phase.DENSE, Phase.BUILD, Phase.SPARSE, Phase.SPARSE]
+    assert trigger.phase(2, 0.2, None) is Phase.BUILD  # a step has one phase, however often it is asked
+    trigger = CommitTrigger(SparseDConfig(trigger="committed", refresh="per_block"))
+    seen = [trigger.phase(step, 0.3 + step / 10, step // 2) for step in range(5)]
+    assert seen == [Phase.BUILD, Phase.SPARSE, Phase.BUILD, Phase.SPARSE, Phase.BUILD]
+    trigger = CommitTrigger(SparseDConfig(trigger="committed", refresh="every_n", refresh_steps=2))
+    assert [trigger.phase(step, 0.5, None) for step in range(3)] == [Phase.BUILD, Phase.SPARSE, Phase.BUILD]
+
+
+# --- prediction ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "gain"),
+    [(DREAM, 65536, 1.83), (LLADA, 65536, 1.94), (LLADA, 16384, 1.34), (DREAM, 32768, 1.50)],
+)
+def test_step_gain_of_the_cost_model(shape, tokens, gain):
+    """The table of section 4, which takes kernels of equal efficiency."""
+    found = predict(shape, tokens, tokens - 128, SparseDConfig(), Schedule.of(SparseDConfig(), 128), "cuda")
+    assert found.step_gain == pytest.approx(gain, abs=0.03)
+    assert found.reason is None
+
+
+def test_short_runs_stay_dense_and_long_ones_do_not():
+    config = SparseDConfig()
+    schedule = Schedule.of(config, 128)
+    short = predict(LLADA, 4096, 3968, config, schedule, "cuda")
+    assert "4096 tokens are below the break-even of 12288" in (short.reason or "")
+    # So few steps that one pattern is not paid back.
+    few = predict(LLADA, 16384, 16256, config, Schedule.of(config, 2), "cuda")
+    assert "predicted gain" in (few.reason or "")
+    assert predict(LLADA, 16384, 16256, config, schedule, "cuda").reason is None
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def test_layout_of_padded_rows():
+    layout = Layout.of(torch.tensor([5, 9]), 3, 4, torch.tensor([4, 0]))
+    assert layout.tokens == 12
+    assert layout.padded
+    assert layout.mask().sum(1).tolist() == [8, 12]
+    order, back = layout.order(torch.device("cpu"))
+    assert order[0].tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 3]
+    assert torch.equal(order.gather(1, back), torch.arange(12).expand(2, -1))
+    assert [(row.count, row.split) for row in layout.rows()] == [(2, 1), (3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((torch.tensor([1.5]), 4, 4), "integer tensor"),
+        ((torch.tensor([-1]), 4, 4), "lengths start at 0"),
+        ((torch.tensor([3]), 0, 4), "gen_length"),
+        ((torch.tensor([3, 4]), 4, 4, torch.tensor([1])), "make them equal"),
+        ((torch.tensor([3]), 4, 4, None, 6), "the rows end at token 7"),
+    ],
+)
+def test_impossible_rows(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        Layout.of(*arguments)
