@@ -53,14 +53,24 @@ class ControlAttnProcessor(Control, AttnProcessor):
         image_rotary_emb: Any = None,
         temb: Tensor | None = None,
         rotary_emb: Any = None,
+        ip_hidden_states: Any = None,
     ) -> Any:
         site = _site_of(attn)
         rotary = image_rotary_emb if image_rotary_emb is not None else rotary_emb
         text_length = site.context.info.text_length
-        inputs = Inputs(hidden_states, encoder_hidden_states, attention_mask, temb, rotary, text_length)
+        inputs = Inputs(
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            temb,
+            rotary,
+            text_length,
+            ip_hidden_states,
+            site.stock if site.route.adapts else None,
+        )
         controls = [c for c in self.controls if c.acts_on(site)]
         if not controls:  # a shared processor also lands on sites that the method leaves alone
-            return site.stock(attn, **inputs.given(site.route.rotary))
+            return site.stock(attn, **inputs.given(site.route))
         call = site.route.project(attn, inputs)
         for control in controls:
             call = control.transform_inputs(site, call)
@@ -72,7 +82,10 @@ class ControlAttnProcessor(Control, AttnProcessor):
         for query, key, value in call.added:
             branch: Any = attend(query, key, value, backend=self._attention_backend, stats=site.context.stats)
             output = output + branch
-        return site.route.finish(attn, call, output)
+        result = site.route.finish(attn, call, output)
+        for control in controls:
+            result = control.transform_result(site, call, result)
+        return result
 
     def _attend(
         self, attn: nn.Module, site: Site, call: Call, wants_lse: bool

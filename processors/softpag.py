@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffctrl.control import Context, Contributions, Published
+from diffctrl.control import Context, Contributions, Published, Rows
 from diffctrl.families import Call, Site
 from diffctrl.processors.base import ControlAttnProcessor, published
 from diffctrl.softpag import (
@@ -22,6 +22,8 @@ from diffctrl.softpag import (
     perturb,
     rescaled,
 )
+from diffctrl.softpag.config import LAYER_KINDS
+from diffctrl.softpag.layers import faded, reordered, shuffled
 
 
 class _Guidance:
@@ -80,7 +82,13 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
             settings["heads"] = heads
         self.config = replace(config, **settings) if settings else config
         self._guidance = _Guidance(self.config)
-        self.contributes = Contributions(output=True, guides=True, whole=self.config.needs_map)
+        layers = self.config.kind in LAYER_KINDS
+        self.contributes = Contributions(
+            output=not layers,
+            guides=True,
+            whole=self.config.needs_map,
+            blocks=layers and self.config.kind != "skip_attention",
+        )
 
     @property
     def guidance(self) -> _Guidance:
@@ -107,6 +115,14 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
                 f"mode='prefix' restarts a model at a block, but blocks of {family.title} also get the "
                 "outputs of much earlier ones (skip connections); use mode='sequential' or 'batched'"
             )
+        if self.contributes.blocks:
+            for site in sites:
+                if site.name in chosen and site.stack not in family.stacks:
+                    raise ValueError(
+                        f"kind={self.config.kind!r} acts on blocks, and the stack {site.stack} of "
+                        f"{family.title} shares its blocks with another; name the block by its layer, "
+                        f"L{site.layer}"
+                    )
         if self.config.query_mean == "txt":
             for site in sites:
                 if site.name in chosen and site.kind != "joint":
@@ -153,12 +169,15 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
         rows, info = context.rows, context.info
         if rows is None or info is None or rows.perturbed[0] == rows.perturbed[1]:
             return None
-        key = (rows, info.device)
+        shuffles = self.config.kind == "token_shuffle"
+        key = (rows, info.device, (context.step, info.grid) if shuffles else None)
         if previous is not None and previous.key == key:
             return previous
         made: dict[str, Any] = {}
         for name, strength in self._strengths(list(context.sites.values())).items():
-            if self._plain:
+            if self.config.kind in LAYER_KINDS:
+                made[name] = self._of_layer(context, context.sites[name], float(strength[0]), rows)
+            elif self._plain:
                 weight = torch.zeros(rows.total, len(strength))
                 weight[rows.perturbed[0] :] = strength
                 made[name] = weight.to(info.device)
@@ -168,6 +187,20 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
                 made[name] = weight.to(info.device), heads.to(info.device)
         return Published(key, made)
 
+    def _of_layer(self, context: Context, site: Site, strength: float, rows: Rows) -> Tensor:
+        """(B,) strengths, or the (B, S) order of image tokens, each of the twin rows alone."""
+        first = rows.perturbed[0]
+        if self.config.kind != "token_shuffle":
+            weight = torch.zeros(rows.total)
+            weight[first:] = strength
+            return weight.to(context.info.device)
+        frames, height, width = site.family.site_grid(context.grid(), site)
+        order = torch.arange(frames * height * width).repeat(rows.total, 1)
+        # Another order in each layer and step, the same in every run.
+        seed = (context.step or 0) * 1009 + site.family.flat_layer(list(context.sites.values()), site)
+        order[first:] = shuffled(order.shape[1], strength, seed)
+        return order.to(context.info.device)
+
     @property
     def _plain(self) -> bool:
         """Whether the target is the values or nothing, so that one blend of the whole output is all."""
@@ -176,7 +209,7 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
     def transform_output(self, site: Site, call: Call, output: Tensor) -> Tensor:
         """Blend the chosen heads of the twin rows; the others are returned bit for bit."""
         made = published(site, self)
-        if made is None:
+        if made is None or self.config.kind in LAYER_KINDS:
             return output
         config, image = self.config, (call.image.start, call.image.stop)
         if self._plain:
@@ -206,6 +239,35 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
             grid=self._grid(site) if config.kind == "blur_query" else None,
             backend=getattr(carrier, "_attention_backend", None),
         )
+
+    def transform_result(self, site: Site, call: Call, result: Any) -> Any:
+        """Fade what attention adds to the streams of its block, in the twin rows."""
+        made = published(site, self)
+        if made is None or self.config.kind != "skip_attention":
+            return result
+        joint = self.config.scope == "joint"
+        if not isinstance(result, tuple):
+            image = None if joint or call.text is None else (call.image.start, call.image.stop)
+            return faded(result, None, made, image)
+        image, text, *added = result  # what an adapter adds stays
+        return faded(image, None, made), faded(text, None, made) if joint else text, *added
+
+    def enter_block(self, site: Site, states: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Let image tokens of the twin rows change places."""
+        made = published(site, self)
+        if made is None or self.config.kind != "token_shuffle":
+            return states
+        return {**states, "hidden_states": reordered(states["hidden_states"], made)}
+
+    def leave_block(
+        self, site: Site, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Fade what the block added to its streams, in the twin rows."""
+        made = published(site, self)
+        if made is None or self.config.kind != "skip_block":
+            return after
+        names = after if self.config.scope == "joint" else ("hidden_states",)
+        return {**after, **{name: faded(after[name], before[name], made) for name in names}}
 
     @staticmethod
     def _grid(site: Site) -> tuple[int, int, int]:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffctrl.cli.generate import _pair, _sides
-from diffctrl.cli.output import complaints, no_loading_bars, prepare_libraries, printable, say_error
+from diffctrl.cli.generate import _sides
+from diffctrl.cli.output import (
+    complaints,
+    no_loading_bars,
+    prepare_libraries,
+    printable,
+    read_pair,
+    say_error,
+)
 from diffctrl.cli.tables import new_table
-from diffctrl.errors import BadRequestError
+from diffctrl.errors import BadRequestError, nearest
 
 if TYPE_CHECKING:
     from diffctrl.drawing.hunt_plan import HuntPlan
     from diffctrl.softpag.headhunt import Engine
     from diffctrl.softpag.headset import HeadSet
+
+
+_ENGINES = ("processes", "ray")
 
 
 def headhunt(
@@ -55,7 +67,23 @@ def headhunt(
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height x width in pixels.")] = None,
     batch: Annotated[int, typer.Option(help="Candidates sampled together; the result stays the same.")] = 16,
-    workers: Annotated[int, typer.Option(help="Processes; each loads the model.")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Processes, or Ray's actors; each loads the model and takes a card.")
+    ] = 1,
+    engine: Annotated[
+        str, typer.Option(metavar="processes|ray", help="Who the workers are; ray goes past one machine.")
+    ] = "processes",
+    address: Annotated[
+        str | None, typer.Option(help="Of a running Ray cluster. [default: start one here]")
+    ] = None,
+    scorers: Annotated[
+        int | None,
+        typer.Option(help="Processes that score beside the sampling. [default: on a GPU, one per core]"),
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Score every head on every pair, also those that cannot win any more."),
+    ] = False,
     stop_early: Annotated[bool, typer.Option(help="End when no head beats the current set.")] = False,
     halving: Annotated[
         bool, typer.Option(help="Approximate: drop half of the heads after half of the pairs.")
@@ -82,13 +110,14 @@ def headhunt(
             num=num,
             seed=seed,
             objectives=tuple(objective or ("judge",)),
-            settings=tuple(_pair(text) for text in set_ or ()),
+            settings=tuple(read_pair(text, "u=0.5") for text in set_ or ()),
             config={
                 "rounds": rounds,
                 "top": top,
                 "batch": batch,
                 "stop_early": stop_early,
                 "halving": halving,
+                "prune": not full,
             },
             model=model,
             guidance_scale=guidance_scale,
@@ -97,23 +126,45 @@ def headhunt(
             width=width,
             device=device,
             dtype=dtype,
+            scorers=scorers,
         )
         if workers < 1:
             raise BadRequestError(f"--workers {workers} is not a number of processes; it starts at 1")
+        _check_engine(engine, address)
         plan = hunt_plan.make(request)
         for warning in plan.warnings:
             say_error(f"note: {printable(warning)}")
         beside = out.with_suffix("")
         _hunt(
             plan,
-            workers,
+            _Who(workers, engine, address),
             out,
             log or beside.with_name(f"{beside.name}-jobs"),
             report or beside.with_name(f"{beside.name}-report"),
         )
 
 
-def _hunt(plan: HuntPlan, workers: int, out: Path, log: Path, report: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class _Who:
+    """Who samples."""
+
+    workers: int
+    engine: str
+    address: str | None
+
+
+def _check_engine(engine: str, address: str | None) -> None:
+    if engine not in _ENGINES:
+        raise BadRequestError(
+            f"--engine {engine} is unknown{nearest(engine, _ENGINES)}; accepted: {', '.join(_ENGINES)}"
+        )
+    if engine == "ray" and find_spec("ray") is None:
+        raise BadRequestError('--engine ray needs Ray; install it with `pip install "diffctrl[ray]"`')
+    if engine != "ray" and address is not None:
+        raise BadRequestError(f"--address {address} is of a Ray cluster; add --engine ray")
+
+
+def _hunt(plan: HuntPlan, who: _Who, out: Path, log: Path, report: Path) -> None:
     from diffctrl.drawing import hunt_plan, hunt_report
     from diffctrl.softpag.headhunt import JobLog, Search, cost
 
@@ -121,7 +172,7 @@ def _hunt(plan: HuntPlan, workers: int, out: Path, log: Path, report: Path) -> N
     _make_folders(out.parent, log, report)
     universe, setting, goal = plan.universe(), hunt_plan.setting_of(plan), plan.goal()
     planned = cost(universe, plan.pairs, plan.config, plan.drawing.steps)
-    with _engine(plan, workers) as engine, JobLog(log, engine.writer) as jobs:
+    with _engine(plan, who) as engine, JobLog(log, engine.writer) as jobs:
         if engine.main:
             say_error(
                 f"{plan.config.rounds} round(s), {len(universe.heads)} heads, {len(plan.pairs)} pairs: "
@@ -150,17 +201,23 @@ def _run(search: Any) -> HeadSet:
         raise BadRequestError(str(error)) from None
 
 
-def _engine(plan: HuntPlan, workers: int) -> Engine:
+def _engine(plan: HuntPlan, who: _Who) -> Engine:
     from diffctrl.drawing.hunt_plan import PlanFactory
     from diffctrl.softpag.headhunt import InProcess, Processes, Ranks
     from diffctrl.softpag.headhunt.engines import launched
 
+    workers = who.workers
     if launched():
-        if workers > 1:
+        if workers > 1 or who.engine == "ray":
             raise BadRequestError(
-                "--workers has no place under `accelerate launch`, which starts the processes"
+                "--workers and --engine have no place under `accelerate launch`, which starts the processes"
             )
         return Ranks(PlanFactory(plan))
+    if who.engine == "ray":
+        from diffctrl.softpag.headhunt.ray_engine import RayActors
+
+        gpus = 0 if plan.drawing.device == "cpu" else 1
+        return RayActors(PlanFactory(plan), workers, gpus=gpus, address=who.address)
     return InProcess(PlanFactory(plan)) if workers == 1 else Processes(PlanFactory(plan), workers)
 
 

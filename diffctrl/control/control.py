@@ -77,6 +77,7 @@ class Contributions:
         output: the attention output.
         guides: the prediction, with perturbed twins.
         whole: it computes with the scores of all queries and keys in the model's own order.
+        blocks: what the blocks around the attention get or give.
         tells_rows: it treats conditional rows otherwise than unconditional ones.
         reads_tokens: it looks up queries and keys by their place in the model's own order.
     """
@@ -87,6 +88,7 @@ class Contributions:
     output: bool = False
     guides: bool = False
     whole: bool = False
+    blocks: bool = False
     tells_rows: bool = False
     reads_tokens: bool = False
 
@@ -139,6 +141,24 @@ class Control:
     def transform_output(self, site: Site, call: Call, output: Tensor) -> Tensor:
         """Change the attention output (B, S, H, D), before heads are merged and projected."""
         return output
+
+    def transform_result(self, site: Site, call: Call, result: Any) -> Any:
+        """Change what the attention module returns to its block: a tensor (B, S, C), or a tuple of them."""
+        return result
+
+    def enter_block(self, site: Site, states: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Change what the block of a selected site gets; for controls that say so in `contributes.blocks`.
+
+        Args:
+            states: its streams (B, S, C) by the names of the block's arguments.
+        """
+        return states
+
+    def leave_block(
+        self, site: Site, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Change what the block gives, knowing what it got; as `enter_block`."""
+        return after
 
     def describe(self) -> str:
         """One line for `diffctrl.summary`."""

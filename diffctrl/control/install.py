@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from diffctrl.control.blocks import around_block, block_name
 from diffctrl.control.context import BatchLayout, Context
 from diffctrl.control.control import Control, check_composition, check_control
 from diffctrl.control.hooks import ContextHook
@@ -15,6 +16,7 @@ from diffctrl.families import Site, family_of
 from diffctrl.families.text import is_text_model
 
 _SITE = "diffctrl_site"
+_KEPT = "diffctrl_stock_processor"
 # The denoisers of diffusers' pipelines, in the order in which they run.
 _DENOISERS = ("transformer", "transformer_2", "unet")
 
@@ -65,6 +67,7 @@ class _Attachment:
         self._hook = ContextHook(self.family, self.sites, self.context, pipe, scheduler, batch_layout)
         self._bound: list[tuple[Site, Any]] = []
         self._installed: list[tuple[Site, Any]] = []
+        self._block_hooks: list[Any] = []
 
     def open(self) -> None:
         for site in self.sites:
@@ -95,7 +98,12 @@ class _Attachment:
     def _put_on(self) -> None:
         for site, bound in self._bound:
             self._installed.append((site, site.module.processor))
-            site.module.processor = site.installed = bound
+            _carry(site.module, bound)
+            site.installed = bound
+            acting = [control for control in bound.controls if control.contributes.blocks]
+            if acting:
+                block = self.model.get_submodule(block_name(site))
+                self._block_hooks += around_block(block, site, acting)
 
     def reopen(self) -> None:
         """Put the same processor objects on again after `close`: compiled blocks keep their graphs."""
@@ -109,13 +117,32 @@ class _Attachment:
         self._put_on()
 
     def close(self) -> None:
+        for handle in self._block_hooks:
+            handle.remove()
+        self._block_hooks = []
         for site, previous in self._installed:
-            site.module.processor, site.installed = previous, None
+            _carry(site.module, previous)
+            site.installed = None
         self._installed.clear()
         for site in self.sites:
             if hasattr(site.module, _SITE):
                 delattr(site.module, _SITE)
         self._hook.remove()
+
+
+def _carry(module: nn.Module, processor: Any) -> None:
+    """Put a processor on an attention module.
+
+    A processor with weights of its own (an adapter's) is a child of the module. While another one is on, it
+    stays a child under another name, so that it moves with the model.
+    """
+    previous: Any = module.processor
+    module._modules.pop(_KEPT, None)
+    if isinstance(previous, nn.Module):
+        del module._modules["processor"]
+        if not isinstance(processor, nn.Module):
+            module.add_module(_KEPT, previous)
+    module.processor = processor
 
 
 class ControlHandle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from diffctrl.softpag.headhunt import Evaluator, Goal, HuntConfig, Pair, Setting
 
 BUILT_IN = "built-in"
 _BUILT_IN_COUNT = 8
+_MOST_SCORERS = 16
 # Captions of another stream than those that the evaluations ask for.
 _BUILT_IN_SEED = 2506_10978
 
@@ -49,6 +51,7 @@ class HuntRequest:
     width: int | None = None
     device: str | None = None
     dtype: str | None = None
+    scorers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,7 @@ class HuntPlan:
     config: HuntConfig
     objectives: tuple[str, ...]
     pairs: tuple[Pair, ...]
+    scorers: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
@@ -115,7 +119,7 @@ class PlanFactory:
         transformers_logging.disable_progress_bar()
         plan = self.plan
         pipe = plan.load(worker)
-        return PipelineFactory(pipe, plan.goal(worker), plan.config, plan.call)(worker)
+        return PipelineFactory(pipe, plan.goal(worker), plan.config, plan.call, scorers=plan.scorers)(worker)
 
 
 def setting_of(plan: HuntPlan) -> Setting:
@@ -189,6 +193,7 @@ def make(request: HuntRequest) -> HuntPlan:
         config=config,
         objectives=request.objectives,
         pairs=pairs,
+        scorers=_scorers(request, drawing.device),
         warnings=tuple(dict.fromkeys(warnings)),
     )
     heads = len(plan.universe().heads)
@@ -197,6 +202,15 @@ def make(request: HuntRequest) -> HuntPlan:
             f"--rounds {config.rounds} --top {config.top} choose more than the {heads} heads of {source.name}"
         )
     return plan
+
+
+def _scorers(request: HuntRequest, device: str) -> int:
+    """Processes that score: beside a GPU, the free cores; on a CPU the sampling needs them itself."""
+    if request.scorers is not None:
+        if request.scorers < 0:
+            raise BadRequestError(f"--scorers {request.scorers} is not a number of processes; 0 is none")
+        return request.scorers
+    return 0 if device == "cpu" else max(1, min(_MOST_SCORERS, (os.cpu_count() or 1) - 1))
 
 
 def _mode(request: HuntRequest, source: ModelSource, parsed: SoftPAGConfig) -> str:

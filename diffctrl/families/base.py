@@ -74,6 +74,7 @@ class Route:
         project: (attn, inputs) -> Call.
         finish: (attn, call, output (B, Sq, H, D)) -> what the stock processor returns.
         rotary: the stock processor's name for its rotary embedding.
+        adapts: whether the stock processor is an adapter's, with weights of its own and an image prompt.
         dense: (attn, call, backend) -> output (B, Sq, H, D), for a stock processor that does not run one
             plain dense attention; None where the engine's dense attention is what it runs.
     """
@@ -82,6 +83,7 @@ class Route:
     finish: Callable[[nn.Module, Call, Tensor], Any]
     dense: Callable[[nn.Module, Call, Any], Tensor] | None = None
     rotary: str = "image_rotary_emb"
+    adapts: bool = False
 
 
 def _cannot(*_: Any) -> Any:
@@ -96,8 +98,8 @@ ADAPTER = Route(_cannot, _cannot)
 class Inputs:
     """What a model hands to an attention processor: the union over the stock processors, by their names.
 
-    `text_length`, the text tokens of the running forward, is the one thing that no stock processor gets: in
-    some blocks one tensor holds both streams.
+    Two things no stock processor gets: `text_length`, the text tokens of the running forward (in some blocks
+    one tensor holds both streams), and `adapter`, the stock processor itself where it has weights of its own.
     """
 
     hidden_states: Tensor
@@ -106,16 +108,20 @@ class Inputs:
     temb: Any = None
     image_rotary_emb: Any = None
     text_length: Any = None
+    ip_hidden_states: Any = None
+    adapter: Any = None
 
-    def given(self, rotary: str) -> dict[str, Any]:
-        """The arguments that are not None, as keywords for a stock processor that calls its rotary so."""
+    def given(self, route: Route) -> dict[str, Any]:
+        """The arguments that are not None, as keywords for the stock processor of a route."""
         named = {
             "hidden_states": self.hidden_states,
             "encoder_hidden_states": self.encoder_hidden_states,
             "attention_mask": self.attention_mask,
             "temb": self.temb,
-            rotary: self.image_rotary_emb,
+            route.rotary: self.image_rotary_emb,
         }
+        if route.adapts:
+            named["ip_hidden_states"] = self.ip_hidden_states
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -203,6 +209,8 @@ class Family(ABC):
     # Lists of blocks in the order in which they run, where a block gets the output of the one before and what
     # is the same for all; () where blocks get more (a UNet's skip connections).
     chains: ClassVar[tuple[str, ...]] = ()
+    # Arguments of a block that its outputs go on from, in the order of the outputs.
+    block_streams: ClassVar[tuple[str, ...]] = ("hidden_states",)
     # Whether the stock pipelines know their guidance scale before the forward that it is used after.
     scale_known: ClassVar[bool] = True
     # Where the text tokens of a joint sequence lie.

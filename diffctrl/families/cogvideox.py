@@ -87,6 +87,7 @@ class CogVideoXFamily(Family):
     cfg = "batched"
     stacks = ("transformer_blocks",)
     chains = ("transformer_blocks",)
+    block_streams = ("hidden_states", "encoder_hidden_states")
     scale_known = False  # use_dynamic_cfg sets it between the forward and its use
     text_side = "first"
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import (
     FluxAttention,
     FluxAttnProcessor,
+    FluxIPAdapterAttnProcessor,
     FluxTransformer2DModel,
 )
 from torch import Tensor, nn
@@ -69,6 +72,35 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
     )
 
 
+def _project_adapted(attn: nn.Module, inputs: Inputs) -> Call:
+    """The call of an IP-Adapter's processor, with the image's attention to each image prompt beside it."""
+    call, adapter = _project(attn, inputs), inputs.adapter
+    if not call.saved["split"] or inputs.ip_hidden_states is None:
+        return call
+    query = _projections(attn, inputs.hidden_states)[0]  # without rotary embedding
+    branches = [
+        # An adapter may get several images: (B, images, tokens, C).
+        (scale, query, *(layer(prompt).flatten(1, -2).unflatten(-1, (attn.heads, -1)) for layer in layers))
+        for prompt, scale, *layers in zip(
+            inputs.ip_hidden_states, adapter.scale, adapter.to_k_ip, adapter.to_v_ip, strict=False
+        )
+    ]
+    return replace(call, saved={"split": True, "branches": branches, "adapter": adapter})
+
+
+def _finish_adapted(attn: nn.Module, call: Call, output: Tensor) -> Any:
+    result = _finish(attn, call, output)
+    if "branches" not in call.saved:
+        return result
+    image, text = result
+    added, adapter = torch.zeros_like(image), call.saved["adapter"]
+    for scale, query, key, value in call.saved["branches"]:
+        states = dispatch_attention_fn(query, key, value, backend=adapter._attention_backend,
+                                       parallel_config=adapter._parallel_config)  # fmt: skip
+        added = added + scale * states.flatten(2, 3).to(query.dtype)
+    return image, text, added  # the block adds it after its MLP
+
+
 def _finish(attn: nn.Module, call: Call, output: Tensor) -> Any:
     states = output.flatten(2, 3).to(call.query.dtype)
     if not call.saved["split"]:
@@ -95,13 +127,19 @@ class FluxFamily(Family):
     cfg = "separate"
     stacks = ("transformer_blocks", "single_transformer_blocks")
     chains = ("transformer_blocks", "single_transformer_blocks")
+    block_streams = ("encoder_hidden_states", "hidden_states")
     text_side = "first"
 
     def model_class(self) -> type[nn.Module]:
         return FluxTransformer2DModel
 
     def routes(self) -> Mapping[tuple[type, type], Route]:
-        return {(FluxAttention, FluxAttnProcessor): Route(_project, _finish)}
+        return {
+            (FluxAttention, FluxAttnProcessor): Route(_project, _finish),
+            (FluxAttention, FluxIPAdapterAttnProcessor): Route(
+                _project_adapted, _finish_adapted, adapts=True
+            ),
+        }
 
     def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
         stack, layer, _ = split_name(name)

@@ -80,6 +80,7 @@ class HunyuanVideo15Family(Family):
     cfg = "separate"
     stacks = ("transformer_blocks",)
     chains = ("transformer_blocks",)
+    block_streams = ("hidden_states", "encoder_hidden_states")
     text_side = "last"
 
     def model_class(self) -> type[nn.Module]:

@@ -97,6 +97,7 @@ class MochiFamily(Family):
     cfg = "batched"
     stacks = ("transformer_blocks",)
     chains = ("transformer_blocks",)
+    block_streams = ("hidden_states", "encoder_hidden_states")
     text_side = "last"
 
     def model_class(self) -> type[nn.Module]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import (
     Attention,
     FusedJointAttnProcessor2_0,
     JointAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
 )
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ from diffctrl.families.base import (
     Place,
     Route,
     Span,
+    normed,
     output_layer,
     projections,
     split_name,
@@ -54,11 +58,36 @@ def _project_fused(attn: nn.Module, inputs: Inputs) -> Call:
     return _assemble(image_qkv, tuple(to_heads(attn, part) for part in fused.chunk(3, dim=-1)))
 
 
+def _project_adapted(attn: nn.Module, inputs: Inputs) -> Call:
+    """The joint attention of an IP-Adapter, and beside it the image's attention to the image prompt."""
+    states, text, adapter = inputs.hidden_states, inputs.encoder_hidden_states, inputs.adapter
+    query, key, value = (to_heads(attn, layer(states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    image_qkv = normed(attn.norm_q, query), normed(attn.norm_k, key), value
+    call = _assemble(image_qkv, None if text is None else text_projections(attn, text))
+    prompt = inputs.ip_hidden_states
+    if adapter.scale == 0 or prompt is None:
+        return call
+    prompt = adapter.norm_ip(prompt, temb=inputs.temb)
+    prompt_key, prompt_value = (to_heads(attn, layer(prompt)) for layer in (adapter.to_k_ip, adapter.to_v_ip))
+    key = torch.cat([adapter.norm_k(key), adapter.norm_ip_k(prompt_key)], dim=1)
+    branch = adapter.norm_q(query), key, torch.cat([value, prompt_value], dim=1)
+    return replace(call, saved={"branch": branch, "scale": adapter.scale})
+
+
+def _with_prompt(call: Call, states: Tensor) -> Tensor:
+    """The image's tokens (B, S, C) with what an image prompt adds to them."""
+    if "branch" not in call.saved:
+        return states
+    query, key, value = (part.transpose(1, 2) for part in call.saved["branch"])
+    added = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2, 3)
+    return states + added.to(query.dtype) * call.saved["scale"]
+
+
 def _finish(attn: nn.Module, call: Call, output: Tensor) -> Any:
     states = output.flatten(2, 3).to(call.query.dtype)
     if call.text is None:
-        return output_layer(attn, states)
-    states, text = states[:, : call.image.stop], states[:, call.image.stop :]
+        return output_layer(attn, _with_prompt(call, states))
+    states, text = _with_prompt(call, states[:, : call.image.stop]), states[:, call.image.stop :]
     return output_layer(attn, states), text if attn.context_pre_only else attn.to_add_out(text)
 
 
@@ -78,6 +107,7 @@ class SD3Family(Family):
     cfg = "batched"
     stacks = ("transformer_blocks",)
     chains = ("transformer_blocks",)
+    block_streams = ("encoder_hidden_states", "hidden_states")
     text_side = "last"
 
     def model_class(self) -> type[nn.Module]:
@@ -87,7 +117,14 @@ class SD3Family(Family):
         return {
             (Attention, JointAttnProcessor2_0): Route(_project, _finish),
             (Attention, FusedJointAttnProcessor2_0): Route(_project_fused, _finish),
+            (Attention, SD3IPAdapterJointAttnProcessor2_0): Route(_project_adapted, _finish, adapts=True),
         }
+
+    def attention_modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        # An IP-Adapter's image encoder is put inside of the model, attention of its own included.
+        for name, module in super().attention_modules(model):
+            if not name.startswith("image_proj."):
+                yield name, module
 
     def place(self, model: nn.Module, name: str, module: nn.Module) -> Place:
         stack, layer, rest = split_name(name)

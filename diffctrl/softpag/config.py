@@ -9,7 +9,18 @@ from typing import Any, Literal, get_args
 
 from diffctrl.softpag.heads import Head, parse_heads
 
-Kind = Literal["identity", "uniform", "mean_query", "blur_query", "argmax", "temperature", "zero"]
+Kind = Literal[
+    "identity",
+    "uniform",
+    "mean_query",
+    "blur_query",
+    "argmax",
+    "temperature",
+    "zero",
+    "skip_attention",
+    "skip_block",
+    "token_shuffle",
+]
 Scope = Literal["joint", "image_rows", "image_block", "image_block_logit"]
 Path = Literal["linear", "spherical"]
 QueryMean = Literal["all", "img", "txt"]
@@ -32,6 +43,8 @@ _BELONGS = {
     "apg_norm": ("difference", "apg"),
     "apg_momentum": ("difference", "apg"),
 }
+# These have no attention map: they change what a layer as a whole gets or gives.
+LAYER_KINDS = ("skip_attention", "skip_block", "token_shuffle")
 _NEEDED = {"blur_query": ("sigma", "4"), "temperature": ("temperature", "0.5")}
 
 
@@ -48,7 +61,9 @@ class SoftPAGConfig:
         kind: the target map T. "identity" (SoftPAG; PAG at u = 1), "uniform" over valid keys, "mean_query"
             (every query is their mean), "blur_query" (image queries blurred over the grid), "argmax" (the
             strongest key alone), "temperature" (scores divided by `temperature`), "zero" (no output at all;
-            its rows are no distributions).
+            its rows are no distributions). Three act on whole layers: "skip_attention" (what attention adds
+            is scaled by 1 - u), "skip_block" (so is what the block adds; SLG, STG), "token_shuffle" (the
+            share u of the block's image tokens change places; TPG, arXiv 2506.10036).
         scope: "joint" perturbs text and image queries (the paper's rule), "image_rows" image queries only.
             Two more for "identity": "image_block" moves each image query's mass on the image to itself and
             leaves its mass on the text; "image_block_logit" leaves it the text and itself to choose from.
@@ -132,6 +147,12 @@ class SoftPAGConfig:
         if self.kind != "identity" and (block or self.path != "linear"):
             given = f"scope={self.scope!r}" if block else f"path={self.path!r}"
             raise ValueError(f"{given} is defined for kind='identity' alone, not for kind={self.kind!r}")
+        if self.kind in LAYER_KINDS:
+            named = [head for head in self.heads or () if isinstance(head, Head) and head.head is not None]
+            if named:
+                raise ValueError(
+                    f"kind={self.kind!r} acts on whole layers; write L{named[0].layer} instead of {named[0]}"
+                )
         if block and self.path != "linear":
             raise ValueError(f"path={self.path!r} and scope={self.scope!r} cannot be combined: the arc leads "
                              "to the identity of the whole row")  # fmt: skip
@@ -157,7 +178,7 @@ class SoftPAGConfig:
     @property
     def needs_map(self) -> bool:
         """Whether the target is made from the attention scores, so that a second attention is computed."""
-        computed = self.kind not in ("identity", "uniform", "zero")
+        computed = self.kind not in ("identity", "uniform", "zero", *LAYER_KINDS)
         return computed or self.path != "linear" or self.scope in ("image_block", "image_block_logit")
 
 

@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.models.attention_processor import (
+    IPAdapterAttnProcessor2_0,
+    SD3IPAdapterJointAttnProcessor2_0,
+)
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterTimeImageProjection,
+    MultiIPAdapterImageProjection,
+)
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor, nn
 
 import diffctrl
@@ -40,6 +48,90 @@ def with_ip_adapter() -> tuple[nn.Module, dict[str, Any]]:
     model.register_to_config(encoder_hid_dim_type="ip_image_proj")
     inputs["added_cond_kwargs"] = {"image_embeds": [torch.randn(2, 1, WIDTH)]}
     return model, inputs
+
+
+def with_joint_adapter(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """An MMDiT whose joint attention runs an IP-Adapter's processors, as `load_ip_adapter` leaves it."""
+    model, inputs = build(name), example(name)
+    generator, encoder = torch.Generator().manual_seed(3), None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "flux":
+            processors = {
+                path: FluxIPAdapterAttnProcessor(32, 20, num_tokens=(TOKENS, 3), scale=[0.8, 0.5])
+                if path.startswith("transformer_blocks")
+                else processor
+                for path, processor in model.attn_processors.items()
+            }
+            layers = [ImageProjection(WIDTH, 20, num_image_text_embeds=count) for count in (TOKENS, 3)]
+            model.encoder_hid_proj = MultiIPAdapterImageProjection(layers)
+            prompts: Any = [torch.randn(2, 1, WIDTH, generator=generator) for _ in layers]
+        else:
+            processors = {
+                path: SD3IPAdapterJointAttnProcessor2_0(32, 20, 16, timesteps_emb_dim=24, scale=0.8)
+                for path in model.attn_processors
+            }
+            encoder = IPAdapterTimeImageProjection(
+                WIDTH, 20, hidden_dim=24, depth=1, dim_head=12, heads=2, num_queries=TOKENS, timestep_in_dim=8
+            )
+            prompts = torch.randn(2, 5, WIDTH, generator=generator)
+    model.set_attn_processor(processors)
+    if encoder is not None:  # it has attention of its own
+        model.image_proj = encoder
+    inputs["joint_attention_kwargs"] = {"ip_adapter_image_embeds": prompts}
+    return model.eval(), inputs
+
+
+def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with a dictionary of their own: the models take the image prompt out of it."""
+    return {**inputs, "joint_attention_kwargs": dict(inputs["joint_attention_kwargs"])}
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux"])
+@pytest.mark.parametrize("mode", ["batched", "sequential", "prefix"])
+def test_a_joint_ip_adapter_stays_on(name: str, mode: Any) -> None:
+    model, inputs = with_joint_adapter(name)
+    stock = run(model, fresh(inputs))
+    without = run(model, example(name)) if name != "flux" else None
+    assert without is None or (stock - without).abs().max() > 1e-3
+    processors, weights = dict(model.attn_processors), list(model.state_dict())
+    with diffctrl.apply(model, NeutralAttnProcessor()):
+        assert torch.equal(run(model, fresh(inputs)), stock)
+        assert len(model.state_dict()) == len(weights)  # an adapter still moves with its model
+    with diffctrl.apply(model, SoftPAGAttnProcessor("L1H0", u=0.7, w=1.0, mode=mode)):
+        guided = run(model, fresh(inputs))
+    with diffctrl.apply(model, SoftPAGAttnProcessor("L1H0", u=0.7), batch_layout="perturbed"):
+        p = run(model, fresh(inputs))
+    assert dict(model.attn_processors) == processors
+    assert list(model.state_dict()) == weights
+    assert torch.equal(run(model, fresh(inputs)), stock)
+    torch.testing.assert_close(guided, stock + (stock - p), rtol=1e-5, atol=1e-5)
+    assert (stock - p).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_image_prompt_is_added_after_the_blend(name: str) -> None:
+    """What it adds to the output of an attention module is the same, however much that is perturbed."""
+    model, inputs = with_joint_adapter(name)
+    attn, taken = model.transformer_blocks[1].attn, []
+    for path, processor in model.attn_processors.items():
+        if hasattr(processor, "to_k_ip"):
+            strength = 0.9 if path.startswith("transformer_blocks.1.") else 0.0
+            processor.scale = [strength] * 2 if name == "flux" else strength
+    attn.register_forward_hook(lambda _, args, output: taken.append(output))
+
+    def added(u: float) -> Tensor:
+        shares = []
+        for given in (fresh(inputs), {**inputs, "joint_attention_kwargs": None}):
+            if name == "flux" and given["joint_attention_kwargs"] is None:
+                continue  # a block of its own adds it: the third output
+            with diffctrl.apply(model, SoftPAGAttnProcessor("L1", u=u), batch_layout="perturbed"):
+                run(model, given)
+            shares.append(taken[-1][2 if name == "flux" else 0])
+        return shares[0] - shares[1] if name == "sd3" else shares[0]
+
+    torch.testing.assert_close(added(1.0), added(0.3), rtol=1e-4, atol=1e-5)
+    assert added(1.0).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["batched", "sequential"])

@@ -175,6 +175,15 @@ def test_three_workers_find_the_same(reference, tmp_path):
     assert computed == JOBS
 
 
+def test_two_actors_of_ray_find_the_same(reference, tmp_path):
+    pytest.importorskip("ray")
+    from diffctrl.softpag.headhunt.ray_engine import RayActors
+
+    headset, computed = search(tmp_path, engine=RayActors(factory, 2))
+    assert headset == reference
+    assert computed == JOBS
+
+
 def test_two_ranks_of_accelerate_find_the_same(reference, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffctrl.softpag.config import LAYER_KINDS
 from diffctrl.softpag.heads import Head
 
 # A change here forgets the logs of earlier versions instead of mixing scores of two meanings.
@@ -56,6 +57,8 @@ class HuntConfig:
     halving: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind in LAYER_KINDS:
+            raise ValueError(f"kind={self.kind!r} acts on whole layers, and a search chooses single heads")
         for name in ("rounds", "top", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a whole number from 1 on")
