@@ -74,7 +74,8 @@ class LLaDASparseDPipeline(TextPipeline):
             ValueError: an argument is out of range.
             GenerationInterrupted: Ctrl-C; its `output` has what was decoded.
         """
-        sampling = self._settings(
+        sampling = self.resolve(
+            self.recommended,
             {
                 "gen_length": gen_length,
                 "steps": steps,
@@ -85,7 +86,7 @@ class LLaDASparseDPipeline(TextPipeline):
                 "threshold": threshold,
                 "logits_eos_inf": logits_eos_inf,
                 "confidence_eos_eot_inf": confidence_eos_eot_inf,
-            }
+            },
         )
         return self._generate(
             prompt,
@@ -151,7 +152,8 @@ class DreamSparseDPipeline(TextPipeline):
             ValueError: an argument is out of range.
             GenerationInterrupted: Ctrl-C; its `output` has what was decoded.
         """
-        sampling = self._settings(
+        sampling = self.resolve(
+            self.recommended,
             {
                 "gen_length": gen_length,
                 "steps": steps,
@@ -161,7 +163,7 @@ class DreamSparseDPipeline(TextPipeline):
                 "top_p": top_p,
                 "top_k": top_k,
                 "eps": eps,
-            }
+            },
         )
         return self._generate(
             prompt,

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from diffctrl import settings
 from diffctrl.control.text import state_of
 from diffctrl.dlm import (
     Chat,
@@ -29,7 +30,7 @@ from diffctrl.dlm import (
     decode,
     encode,
 )
-from diffctrl.errors import BadRequestError, nearest
+from diffctrl.errors import BadRequestError
 from diffctrl.pipelines.base import ControlledPipelineMixin
 from diffctrl.processors import SparseDAttnProcessor, SparseDConfig
 
@@ -72,6 +73,8 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
         special: ids of mask, padding and ends; those of the config and the tokenizer where none are given.
         sampling: how calls decode where they say nothing.
         sparsed: how calls attend where they say nothing; None is dense attention.
+        longest: tokens of prompt and answer that the model was trained for; more are told. The config's
+            `max_position_embeddings` where nothing is said.
 
     Raises:
         ValueError: the model is causal, or no mask token is known.
@@ -90,15 +93,17 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
         special: SpecialTokens | None = None,
         sampling: Mapping[str, Any] | None = None,
         sparsed: SparseDConfig | None = SparseDConfig(),  # noqa: B008 - frozen
+        longest: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(model=model, tokenizer=tokenizer)
         if state_of(model) is None:
             check_bidirectional(model)
         self.special = special or SpecialTokens.find(tokenizer, model.config)
-        self.recommended = {**self.defaults, **(sampling or {})}
-        self._settings({})  # say now what of it is wrong
+        self.recommended = dict(sampling or {})
+        self.resolve(self.recommended, {})  # say now what of it is wrong
         self.sparsed = sparsed
+        self.longest = longest or model.config.max_position_embeddings
         self._interrupt = False
 
     @classmethod
@@ -116,7 +121,7 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a name of `diffctrl.zoo.registry`, a folder in the layout of LLaDA,
                 Dream or transformers, or owner/name.
-            dtype: of the weights; None for that of the files.
+            dtype: of the weights; None for that of the files, float32 for an embedded model.
             revision: of a repository.
             sparsed: as in the class.
             options: of transformers' `from_pretrained`: `device_map`, `attn_implementation`,
@@ -126,11 +131,12 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
             BadRequestError: there is no such model, or it cannot be loaded, or it is decoded otherwise.
         """
         checkpoint = open_checkpoint(pretrained_model_name_or_path, revision=revision)
-        found = checkpoint.sampler
-        if found not in (None, cls.kind):
+        if checkpoint.sampler not in (None, cls.kind):
             raise BadRequestError(
-                f"{checkpoint.name} decodes as {found!r}, and {cls.__name__} as {cls.kind!r}"
+                f"{checkpoint.name} decodes as {checkpoint.sampler!r}, and {cls.__name__} as {cls.kind!r}"
             )
+        if dtype is None and is_embedded(checkpoint.name):
+            dtype = torch.float32  # stored as float16, which CPUs compute slowly
         return cls.from_checkpoint(checkpoint, dtype=dtype, sparsed=sparsed, **options)
 
     @classmethod
@@ -145,6 +151,7 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
             special=checkpoint.special(tokenizer),
             sampling=checkpoint.settings.get("call"),
             sparsed=sparsed,
+            longest=checkpoint.settings.get("longest"),
         )
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -153,28 +160,27 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
         self.model.save_pretrained(folder, **options)
         self.tokenizer.save_pretrained(folder)
         ids = {f"{name}_token_id": value for name, value in asdict(self.special).items() if value is not None}
-        settings = {"kind": "text", "sampler": self.kind, **ids, "call": self.recommended}
-        (folder / "diffctrl.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        table = {"kind": "text", "sampler": self.kind, **ids, "longest": self.longest}
+        table["call"] = self.recommended or dict(self.defaults)
+        (folder / "diffctrl.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
     # --- one call -------------------------------------------------------------------------------------------
 
-    def _settings(self, given: Mapping[str, Any]) -> Any:
-        """The sampling of a call: what it says, else what is recommended."""
-        known = [field.name for field in fields(self.sampling_class)]
-        for name in (*given, *self.recommended):
-            if name not in known:
-                raise ValueError(
-                    f"{type(self).__name__} has no sampling option {name!r}{nearest(name, known)}; accepted: "
-                    f"{', '.join(known)}"
-                )
+    @classmethod
+    def resolve(cls, recommended: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+        """The sampling of a call: what it says, else what the model recommends, else the class's defaults.
+
+        Raises:
+            BadRequestError: an option is unknown or out of range.
+        """
         said = {name: value for name, value in given.items() if value is not None}
-        settings = {**self.recommended, **said}
+        options = {**cls.defaults, **recommended, **said}
         if "gen_length" in said and "steps" not in said:
-            settings["steps"] = said["gen_length"]
-        settings.setdefault("steps", settings["gen_length"])
-        if "block_length" in settings and "block_length" not in said:
-            settings["block_length"] = min(settings["block_length"], settings["gen_length"])
-        return self.sampling_class(**settings)
+            options["steps"] = said["gen_length"]
+        options.setdefault("steps", options["gen_length"])
+        if "block_length" in options and "block_length" not in said:
+            options["block_length"] = min(options["block_length"], options["gen_length"])
+        return settings.parse(cls.sampling_class, options, of=cls.kind)
 
     @torch.no_grad()
     def _generate(
@@ -273,12 +279,18 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
         return self.control is None and state_of(self.model) is not None
 
     def _check_length(self, prompts: Prompts, sampling: Any) -> None:
-        longest, trained = (
-            prompts.ids.shape[1] + sampling.gen_length,
-            self.model.config.max_position_embeddings,
-        )
-        if longest > trained:
-            logger.warning("%d tokens are more than the %d that this model was trained for", longest, trained)
+        longest = prompts.ids.shape[1] + sampling.gen_length
+        if longest > self.longest:
+            logger.warning(
+                "%d tokens are more than the %d that this model was trained for", longest, self.longest
+            )
+
+
+def is_embedded(name: str) -> bool:
+    """Whether this is the name of a model inside the package."""
+    from diffctrl.zoo import registry
+
+    return name in registry.EMBEDDED
 
 
 def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -289,7 +301,7 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpo
     """
     from diffctrl.zoo import registry
 
-    if str(name) not in registry.EMBEDDED:
+    if not is_embedded(str(name)):
         return Checkpoint.open(name, revision=revision)
     model = registry.EMBEDDED[str(name)]
     if model.kind != "text":

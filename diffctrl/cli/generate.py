@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffctrl.cli.output import complaints, no_loading_bars, prepare_libraries, printable, say_error
+from diffctrl.cli.output import (
+    complaints,
+    no_loading_bars,
+    prepare_libraries,
+    printable,
+    read_pair,
+    say_error,
+)
 from diffctrl.errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -61,7 +68,7 @@ def generate(
             prompt=prompt,
             model=model,
             methods=tuple(method) if method else None,
-            settings=tuple(_pair(text) for text in set_ or ()),
+            settings=tuple(read_pair(text, "u=0.5") for text in set_ or ()),
             negative=negative,
             seed=seed,
             steps=steps,
@@ -90,13 +97,6 @@ def _sides(size: str | None, height: int | None, width: int | None) -> tuple[int
     if match is None:
         raise BadRequestError(f"--size {size} is not HEIGHTxWIDTH, as in 128x192")
     return int(match[1]), int(match[2])
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, sign, value = text.partition("=")
-    if not sign or not name.strip():
-        raise BadRequestError(f"--set {text} is not NAME=VALUE, as in --set u=0.5")
-    return name.strip(), value.strip()
 
 
 def _recipe(path: Path | None) -> Recipe | None:

@@ -35,6 +35,18 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def read_pair(text: str, example: str) -> tuple[str, str]:
+    """NAME=VALUE of --set, apart.
+
+    Raises:
+        BadRequestError: it is not of this form.
+    """
+    name, sign, value = text.partition("=")
+    if not sign or not name.strip():
+        raise BadRequestError(f"--set {text} is not NAME=VALUE, as in --set {example}")
+    return name.strip(), value.strip()
+
+
 def prepare_libraries() -> None:
     """Settings that the libraries read when they are imported; what the user set stays."""
     # Threads that wait for each other sleep instead of spinning. It costs a drawing 0.2 s on idle cores; with

@@ -16,8 +16,8 @@ from diffctrl.dlm.tokens import SpecialTokens
 from diffctrl.errors import BadRequestError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Configurations, weights and tokenizers; never Python files.
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+# Configurations and tokenizers; never Python files, never weights but in safetensors.
+_SMALL = ("*.json", "*.txt", "*.jinja")
 _INDEX, _WEIGHTS, _SETTINGS = "model.safetensors.index.json", "model.safetensors", "diffctrl.json"
 
 
@@ -29,51 +29,37 @@ class Checkpoint:
         name: as it was given.
         folder: where it lies.
         architecture: what its config.json describes.
+        repository: on the hub, whose weights are fetched when they are first needed; None for a folder.
+        revision: of the repository.
     """
 
     name: str
     folder: Path
     architecture: Architecture
+    repository: str | None = None
+    revision: str | None = None
 
     @classmethod
     def open(cls, name: str | Path, *, revision: str | None = None) -> Checkpoint:
         """Read what a model is.
 
         Args:
-            name: a folder, or a hub repository as owner/name. A repository's config is fetched first, and its
-                weights only when the model is one that can be loaded.
+            name: a folder, or a hub repository as owner/name, of which only the small files are fetched.
             revision: of the repository.
 
         Raises:
             BadRequestError: there is no such model, or it cannot be loaded.
         """
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            return cls(
-                str(name), folder, read_architecture(_table(folder, "config.json", str(name)), str(name))
-            )
-        if not _REPOSITORY.fullmatch(str(name)):
-            raise BadRequestError(
-                f"there is no model {name}: it is no folder, and no hub repository (owner/name)"
-            )
-        return cls._from_hub(str(name), revision)
-
-    @classmethod
-    def _from_hub(cls, name: str, revision: str | None) -> Checkpoint:
-        from huggingface_hub import hf_hub_download, snapshot_download
-
-        try:
-            config = Path(hf_hub_download(name, "config.json", revision=revision))
-            architecture = read_architecture(_table(config.parent, "config.json", name), name)
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
-        except BadRequestError:
-            raise
-        except Exception as error:  # the hub client has many classes; each means that there is no model
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise BadRequestError(
-                f"there is no folder {name} here, and the hub repository cannot be read ({reason})"
-            ) from None
-        return cls(name, folder, architecture)
+        given, folder = str(name), Path(name).expanduser()
+        repository = None
+        if not folder.is_dir():
+            if not _REPOSITORY.fullmatch(given):
+                raise BadRequestError(
+                    f"there is no model {given}: it is no folder, and no hub repository (owner/name)"
+                )
+            repository, folder = given, _fetch(given, revision, _SMALL)
+        architecture = read_architecture(_table(folder, "config.json", given), given)
+        return cls(given, folder, architecture, repository, revision)
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
@@ -92,6 +78,8 @@ class Checkpoint:
         Raises:
             BadRequestError: there are none, or one that the index names is missing.
         """
+        if self.repository is not None:
+            _fetch(self.repository, self.revision, ("*.safetensors",))
         if (self.folder / _INDEX).is_file():
             index = _table(self.folder, _INDEX, self.name)
             shards = index.get("weight_map")
@@ -115,10 +103,7 @@ class Checkpoint:
         Raises:
             BadRequestError: a weight is missing, unknown, or of another shape; all of them are named at once.
         """
-        import torch
-
-        with torch.device("meta"):
-            model = self._model_class(self._config())
+        model = self.empty()
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         found = dict(self._shapes())
@@ -133,6 +118,13 @@ class Checkpoint:
                 f"the weights of {self.name} are not those of the {self.architecture.layout} model that its "
                 f"config.json describes: {'; '.join(parts)}"
             )
+
+    def empty(self) -> Any:
+        """The model without memory for its weights."""
+        import torch
+
+        with torch.device("meta"):
+            return self._model_class(self._config())
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         from safetensors import SafetensorError, safe_open
@@ -218,6 +210,19 @@ class Checkpoint:
     def special(self, tokenizer: Any) -> SpecialTokens:
         """The ids of mask, padding and ends."""
         return SpecialTokens.find(tokenizer, self._config(), self.settings)
+
+
+def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """The folder in which a repository's files of these names lie; asks the hub for what is not there yet."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub client has many classes; each means that there is no model
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise BadRequestError(
+            f"there is no folder {repository} here, and the hub repository cannot be read ({reason})"
+        ) from None
 
 
 def _table(folder: Path, relative: str, name: str) -> dict[str, Any]:

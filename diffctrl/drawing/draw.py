@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from diffctrl.drawing import environment
-from diffctrl.drawing.plan import Plan, processors
+from diffctrl.drawing.choices import processors
+from diffctrl.drawing.plan import Plan
 from diffctrl.drawing.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffctrl import methods, settings
 from diffctrl.drawing import prompts
+from diffctrl.drawing.choices import choose_device, first, processors, read_controls
 from diffctrl.drawing.recipe import ControlSpec, Recipe
 from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
 
 DEFAULT_MODEL = "shapes-sd3"
-STOCK = "none"
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,25 +71,29 @@ def make(request: Request) -> Plan:
         BadRequestError: something cannot be done as asked.
     """
     recipe = request.recipe
-    prompt = _first(request.prompt, recipe and recipe.prompt)
+    prompt = first(request.prompt, recipe and recipe.prompt)
     if not prompt or not prompt.strip():
         raise BadRequestError('there is no prompt; write one, as in `diffctrl generate "a red star"`')
-    controls = _controls(request)
-    compare = bool(_first(request.compare, recipe and recipe.compare))
+    controls = read_controls(request.methods, request.settings, recipe.controls if recipe is not None else ())
+    compare = bool(first(request.compare, recipe and recipe.compare))
     if compare and not controls:
         raise BadRequestError(
             "--compare needs a method to set beside the stock model, as in --method softpag"
         )
-    seeds = _seeds(_first(request.seed, recipe and recipe.seed, 0), request.count)
-    source = ModelSource.find(_first(request.model, recipe and recipe.model, DEFAULT_MODEL))
+    seeds = _seeds(first(request.seed, recipe and recipe.seed, 0), request.count)
+    source = ModelSource.find(first(request.model, recipe and recipe.model, DEFAULT_MODEL))
     same_model = recipe if recipe is not None and recipe.model == source.name else None
     height, width = _size(request, source, same_model)
-    device, dtype = _device(request, source, recipe)
+    device, dtype = choose_device(
+        first(request.device, recipe and recipe.device),
+        first(request.dtype, recipe and recipe.dtype),
+        small=source.embedded,
+    )
     defaults = _call_defaults(source)
-    steps = _first(request.steps, recipe and recipe.steps, defaults["num_inference_steps"])
-    guidance = _first(request.guidance_scale, recipe and recipe.guidance_scale, defaults["guidance_scale"])
-    longest = _first(same_model and same_model.max_sequence_length, defaults.get("max_sequence_length"))
-    negative = _first(request.negative, recipe and recipe.negative) or None
+    steps = first(request.steps, recipe and recipe.steps, defaults["num_inference_steps"])
+    guidance = first(request.guidance_scale, recipe and recipe.guidance_scale, defaults["guidance_scale"])
+    longest = first(same_model and same_model.max_sequence_length, defaults.get("max_sequence_length"))
+    negative = first(request.negative, recipe and recipe.negative) or None
     _check_numbers(steps, guidance)
     _check_negative(source, negative, guidance)
     warnings = prompts.check(source, prompt, longest)
@@ -118,48 +119,6 @@ def make(request: Request) -> Plan:
     )
 
 
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
-def _controls(request: Request) -> tuple[ControlSpec, ...]:
-    """The methods with all of their settings; a recipe's settings stay unless its method is left out."""
-    recorded = {spec.method: spec.settings for spec in request.recipe.controls} if request.recipe else {}
-    names = tuple(recorded) if request.methods is None else request.methods
-    if STOCK in names:
-        if len(names) > 1:
-            raise BadRequestError(f"--method {STOCK} is the stock model and cannot be combined with {names}")
-        names = ()
-    found = {name: methods.find(name) for name in names}
-    if request.settings and not found:
-        raise BadRequestError(
-            f"--set {request.settings[0][0]} has no method to go to; add --method, one of "
-            f"{', '.join(sorted(methods.METHODS))}"
-        )
-    given = {name: dict(recorded.get(name, {})) for name in found}
-    classes = {name: method.config_class() for name, method in found.items()}
-    for key, text in request.settings:
-        name, option = _owner(key, classes)
-        given[name][option] = text
-    return tuple(
-        ControlSpec(method=name, settings=settings.as_plain(settings.parse(classes[name], values, of=name)))
-        for name, values in given.items()
-    )
-
-
-def _owner(key: str, classes: Mapping[str, type]) -> tuple[str, str]:
-    """(method, option) that `--set key=...` means."""
-    method, dot, option = key.partition(".")
-    if dot:
-        if method not in classes:
-            raise BadRequestError(f"--set {key} names the method {method!r}; in use: {', '.join(classes)}")
-        return method, option
-    owners = [name for name, kind in classes.items() if key in settings.field_types(kind)]
-    if len(owners) > 1:
-        raise BadRequestError(f"--set {key} fits {' and '.join(owners)}; write {owners[0]}.{key}")
-    return (owners or list(classes))[0], key  # an unknown option is named by the method's own check
-
-
 def _seeds(seed: int, count: int) -> tuple[int, ...]:
     if count < 1:
         raise BadRequestError(f"--num {count} is not a number of pictures; it starts at 1")
@@ -172,8 +131,8 @@ def _size(request: Request, source: ModelSource, same_model: Recipe | None) -> t
     rule = source.kind.size_rule(source.config)
     own = _recommended(source)
     default = own.get("height", rule.default[0]), own.get("width", rule.default[1])
-    height = _first(request.height, same_model and same_model.height, default[0])
-    width = _first(request.width, same_model and same_model.width, default[1])
+    height = first(request.height, same_model and same_model.height, default[0])
+    width = first(request.width, same_model and same_model.width, default[1])
     rule.check(source.name, height=height, width=width)
     return height, width
 
@@ -194,29 +153,6 @@ def _call_defaults(source: ModelSource) -> dict[str, Any]:
 
     call = getattr(diffusers, source.config()["_class_name"]).__call__
     return {name: parameter.default for name, parameter in inspect.signature(call).parameters.items()}
-
-
-def _device(request: Request, source: ModelSource, recipe: Recipe | None) -> tuple[str, str]:
-    """(device, dtype); the recipe's device where this machine has it."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    wanted = _first(request.device, recipe and recipe.device)
-    if wanted is None:
-        wanted = "cuda" if cuda and not source.embedded else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise BadRequestError(f"--device {wanted} is no device of torch; write cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not cuda):
-        raise BadRequestError(f"there is no device {wanted} on this machine; write --device cpu")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise BadRequestError(f"there is no device {wanted}: this machine has {torch.cuda.device_count()}")
-    stock = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = _first(request.dtype, recipe and recipe.dtype, stock)
-    if dtype not in _DTYPES:
-        raise BadRequestError(f"--dtype {dtype} is not one of {', '.join(_DTYPES)}")
-    return str(device), dtype
 
 
 def _check_numbers(steps: int, guidance: float) -> None:
@@ -254,8 +190,3 @@ def _check_controls(source: ModelSource, controls: tuple[ControlSpec, ...]) -> N
         diffctrl.apply(model, processors(controls)).remove()
     except (ValueError, TypeError) as error:
         raise BadRequestError(f"{source.name}: {error}") from None
-
-
-def processors(controls: tuple[ControlSpec, ...]) -> list[Any]:
-    """The processors of a plan's controls."""
-    return [methods.METHODS[spec.method].build(spec.settings) for spec in controls]

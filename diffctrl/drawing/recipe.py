@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -116,32 +116,39 @@ class Recipe:
         controls = found.get("controls")
         if not isinstance(controls, list):
             raise BadRequestError("its recipe names no list of controls")
-        specs = tuple(_table(ControlSpec, control, "control") for control in controls)
-        weights = _table(Weights, found.get("weights"), "weights")
-        return _table(cls, {**found, "controls": specs, "weights": weights}, "recipe")
+        specs = tuple(read_table(ControlSpec, control, "control") for control in controls)
+        weights = read_table(Weights, found.get("weights"), "weights")
+        return read_table(cls, {**found, "controls": specs, "weights": weights}, "recipe")
 
     def differences(self, now: Recipe) -> list[str]:
         """What of the surroundings is not as it was, so that the pixels may differ."""
-        found = []
-        if self.weights != now.weights:
-            found.append(
-                f"weights of {now.model} were {self.weights.sha256[:12]}, are {now.weights.sha256[:12]}"
-            )
-        for package, version in self.versions.items():
-            if now.versions.get(package) != version:
-                found.append(f"{package} was {version}, is {now.versions.get(package, 'missing')}")
-        for name in ("device", "hardware", "threads", "scheduler"):
-            if getattr(self, name) != getattr(now, name):
-                found.append(f"{name} was {_short(getattr(self, name))}, is {_short(getattr(now, name))}")
-        return found
+        return differences(self, now, ("device", "hardware", "threads", "scheduler"))
+
+
+def differences(was: Any, now: Any, names: Iterable[str]) -> list[str]:
+    """What differs between two recipes of one kind: weights, versions, and the attributes named."""
+    found = []
+    if was.weights != now.weights:
+        found.append(f"weights of {now.model} were {was.weights.sha256[:12]}, are {now.weights.sha256[:12]}")
+    for package, version in was.versions.items():
+        if now.versions.get(package) != version:
+            found.append(f"{package} was {version}, is {now.versions.get(package, 'missing')}")
+    for name in names:
+        if getattr(was, name) != getattr(now, name):
+            found.append(f"{name} was {_short(getattr(was, name))}, is {_short(getattr(now, name))}")
+    return found
 
 
 def _short(value: Any) -> str:
     return str(value.get("class")) if isinstance(value, Mapping) else str(value)
 
 
-def _table(kind: type, found: Any, what: str) -> Any:
-    """A dataclass from an untrusted table: exact field names, exact types."""
+def read_table(kind: type, found: Any, what: str) -> Any:
+    """A dataclass from an untrusted table: exact field names, exact types.
+
+    Raises:
+        BadRequestError: an entry is missing, unknown, or of another type.
+    """
     if not isinstance(found, dict):
         raise BadRequestError(f"the {what} in its recipe is not a table of values")
     names = {f.name for f in fields(kind)}
@@ -157,7 +164,7 @@ def _table(kind: type, found: Any, what: str) -> Any:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    kinds = typing.get_args(hint) if typing.get_origin(hint) not in (Mapping, tuple, None) else (hint,)
+    kinds = typing.get_args(hint) if typing.get_origin(hint) not in (Mapping, list, tuple, None) else (hint,)
     for kind in kinds:
         plain = typing.get_origin(kind) or kind
         accepted = (int, float) if plain is float else plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -179,20 +180,7 @@ class ModelSource:
         folder = self.folder if self.folder is not None else self._snapshot()
         names = self.components()
         files = sorted(path for name in names for path in (folder / name).glob("*.safetensors"))
-        total = sum(path.stat().st_size for path in files)
-        sampled = total > _READ_WHOLE_BYTES
-        digest = hashlib.sha256()
-        for path in files:
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-            with path.open("rb") as file:
-                if not sampled:
-                    digest.update(file.read())
-                else:
-                    digest.update(file.read(_END_BYTES))
-                    file.seek(max(0, size - _END_BYTES))
-                    digest.update(file.read(_END_BYTES))
-        return Weights(sha256=digest.hexdigest(), bytes=total, sampled=sampled)
+        return fingerprint(folder, files)
 
     def _snapshot(self) -> Path:
         return self._file("model_index.json").parent
@@ -204,3 +192,21 @@ def _config_file(component: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def fingerprint(folder: Path, files: Sequence[Path]) -> Weights:
+    """What identifies weight files below a folder: names, sizes and contents, both ends of large ones."""
+    total = sum(path.stat().st_size for path in files)
+    sampled = total > _READ_WHOLE_BYTES
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            if not sampled:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(_END_BYTES))
+                file.seek(max(0, size - _END_BYTES))
+                digest.update(file.read(_END_BYTES))
+    return Weights(sha256=digest.hexdigest(), bytes=total, sampled=sampled)

@@ -192,7 +192,7 @@ def test_saved_and_loaded_again(pipe, tmp_path):
         DreamSparseDPipeline.from_pretrained(tmp_path)
     settings["call"] = {"length": 24}
     (tmp_path / "diffctrl.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"no sampling option 'length' \(did you mean"):
+    with pytest.raises(ValueError, match=r"llada has no option 'length' \(did you mean"):
         LLaDASparseDPipeline.from_pretrained(tmp_path)
 
 
