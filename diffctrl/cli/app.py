@@ -11,6 +11,7 @@ from diffctrl.cli.doctor import doctor
 from diffctrl.cli.generate import generate
 from diffctrl.cli.headhunt import headhunt
 from diffctrl.cli.info import info
+from diffctrl.cli.text import text
 
 app = typer.Typer(
     name="diffctrl",
@@ -38,6 +39,7 @@ def _root(
 
 
 app.command()(generate)
+app.command()(text)
 app.command()(headhunt)
 app.command()(info)
 app.command()(doctor)
