@@ -57,6 +57,15 @@ def _resolve(place: str) -> Any:
 
 _ALL = (
     Method(
+        name="refam",
+        title="RefAM",
+        summary='"the red cup left of the plate" becomes a point, a mask and a box, on a picture or a video',
+        config="diffctrl.refam:RefAMConfig",
+        processor="diffctrl.processors:RefAMAttnProcessor",
+        families=("sd3", "flux", "mochi", "wan"),
+        paper="arXiv 2509.22650",
+    ),
+    Method(
         name="softpag",
         title="SoftPAG",
         summary="better pictures without CFG or on top of it, by steering away from chosen attention heads",

@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffctrl.pipelines.refam import (
+        FluxRefAMPipeline,
+        MochiRefAMPipeline,
+        StableDiffusion3RefAMPipeline,
+        WanRefAMPipeline,
+    )
     from diffctrl.pipelines.softpag import (
         FluxSoftPAGPipeline,
         StableDiffusion3SoftPAGPipeline,
@@ -16,21 +22,29 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DreamSparseDPipeline",
+    "FluxRefAMPipeline",
     "FluxSoftPAGPipeline",
     "LLaDASparseDPipeline",
+    "MochiRefAMPipeline",
     "SoftPAGGuidance",
+    "StableDiffusion3RefAMPipeline",
     "StableDiffusion3SoftPAGPipeline",
     "StableDiffusionXLSoftPAGPipeline",
+    "WanRefAMPipeline",
     "WanSoftPAGPipeline",
 ]
 
 _PLACES = {
     "DreamSparseDPipeline": "diffctrl.pipelines.sparsed",
+    "FluxRefAMPipeline": "diffctrl.pipelines.refam",
     "FluxSoftPAGPipeline": "diffctrl.pipelines.softpag",
     "LLaDASparseDPipeline": "diffctrl.pipelines.sparsed",
+    "MochiRefAMPipeline": "diffctrl.pipelines.refam",
     "SoftPAGGuidance": "diffctrl.pipelines.softpag_guider",
+    "StableDiffusion3RefAMPipeline": "diffctrl.pipelines.refam",
     "StableDiffusion3SoftPAGPipeline": "diffctrl.pipelines.softpag",
     "StableDiffusionXLSoftPAGPipeline": "diffctrl.pipelines.softpag",
+    "WanRefAMPipeline": "diffctrl.pipelines.refam",
     "WanSoftPAGPipeline": "diffctrl.pipelines.softpag",
 }
 

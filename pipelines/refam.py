@@ -47,8 +47,16 @@ class Drawing:
 
 
 @dataclass(slots=True, eq=False)
-class _Task:
-    """One expression about one picture, on its way."""
+class Weighed:
+    """One expression about one picture, on its way.
+
+    Attributes:
+        seen: the picture.
+        latents: (C, ...) of it.
+        rows: the expression as the model reads it.
+        seconds: of the parts so far.
+        weights: the attention, once it was read.
+    """
 
     seen: Seen
     latents: Tensor
@@ -144,12 +152,24 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
                 self._redirect(tasks, config, processor, batch_size)
         return [self._finished(task, config, segmenter) for task in tasks]
 
-    def weights(self, pairs: Sequence[tuple[Any, str]], config: RefAMConfig, batch_size: int = 8) -> list[Any]:
-        """(weights, token table) of each pair, for those who score them in ways of their own."""
+    def weigh(
+        self, pairs: Sequence[tuple[Any, str]], config: RefAMConfig, *, batch_size: int = 8
+    ) -> list[Weighed]:
+        """The attention of many pairs, for `conclude` under several settings that need the same forward."""
         tasks = self._tasks(pairs, config, None, None)
         with self._reading(config) as processor:
             self._run(tasks, config, processor, batch_size)
-        return [(task.weights, task.rows.table) for task in tasks]
+        return tasks
+
+    def conclude(self, weighed: Weighed, config: RefAMConfig) -> Grounding:
+        """The result of attention that `weigh` read, of all of its blocks or of some.
+
+        Only settings of what is made of the attention may differ from `weigh`'s.
+        """
+        assert weighed.weights is not None
+        blocks = config.chosen_blocks(weighed.weights.count)
+        part = replace(weighed, weights=weighed.weights.only(blocks), seconds=dict(weighed.seconds))
+        return self._finished(part, config, self._sam(config))
 
     def draw(
         self,
@@ -219,7 +239,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         config: RefAMConfig,
         size: tuple[int, int] | None,
         frames: int | None,
-    ) -> list[_Task]:
+    ) -> list[Weighed]:
         reader = self.reader
         expressions = [_checked(expression) for _, expression in pairs]
         began = time.perf_counter()
@@ -246,7 +266,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
                 )
             seen, latents, seconds = known[id(picture)]
             seen = replace(seen, expression=expression)
-            tasks.append(_Task(seen, latents, rows[expression], {"encode": seconds, "text": text_seconds}))
+            tasks.append(Weighed(seen, latents, rows[expression], {"encode": seconds, "text": text_seconds}))
         return tasks
 
     @contextmanager
@@ -262,17 +282,17 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
             self._put_back(installed)
 
     def _run(
-        self, tasks: Sequence[_Task], config: RefAMConfig, processor: RefAMAttnProcessor, batch_size: int
+        self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor, batch_size: int
     ) -> None:
         """Fill in the weights; tasks of one shape share forwards."""
-        buckets: dict[tuple[Any, ...], list[_Task]] = {}
+        buckets: dict[tuple[Any, ...], list[Weighed]] = {}
         for task in tasks:
             buckets.setdefault(task.bucket, []).append(task)
         for bucket in buckets.values():
             for start in range(0, len(bucket), batch_size):
                 self._forward(bucket[start : start + batch_size], config, processor)
 
-    def _forward(self, tasks: Sequence[_Task], config: RefAMConfig, processor: RefAMAttnProcessor) -> None:
+    def _forward(self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor) -> None:
         reader = self.reader
         began = time.perf_counter()
         embeds = reader.place(torch.stack([task.rows.embeds for task in tasks]))
@@ -290,7 +310,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
             task.seconds["forward"] = task.seconds.get("forward", 0.0) + seconds
 
     def _redirect(
-        self, tasks: Sequence[_Task], config: RefAMConfig, processor: RefAMAttnProcessor, batch_size: int
+        self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor, batch_size: int
     ) -> None:
         """Add a magnet where a word with content is a sink, and run again; twice at most."""
         encoder = self.reader.encoder(config.encoder)
@@ -303,7 +323,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
                     again.append(task)
             self._run(again, config, processor, batch_size)
 
-    def _finished(self, task: _Task, config: RefAMConfig, segmenter: Segmenter | None) -> Grounding:
+    def _finished(self, task: Weighed, config: RefAMConfig, segmenter: Segmenter | None) -> Grounding:
         assert task.weights is not None
         began = time.perf_counter()
         encoder = self.reader.encoder(config.encoder)
@@ -318,7 +338,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
             task.seen, scored, task.weights, grid, config, segmenter, flags, task.seconds, self.reader
         )
 
-    def _grid_of(self, task: _Task) -> tuple[int, int, int]:
+    def _grid_of(self, task: Weighed) -> tuple[int, int, int]:
         height, width = (side // self.reader.multiple for side in task.seen.model_size)
         assert task.weights is not None
         return task.weights.i2t.shape[-1] // (height * width), height, width

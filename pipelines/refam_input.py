@@ -38,7 +38,7 @@ def pixels_of(picture: Any) -> Tensor:
                 f"an array of shape {picture.shape} is no picture (H, W, 3) and no video (F, H, W, 3)"
             )
         scale = 255.0 if picture.dtype == np.uint8 else 1.0
-        picture = torch.from_numpy(np.ascontiguousarray(picture)).movedim(-1, -3).float() / scale
+        picture = torch.from_numpy(np.array(picture)).movedim(-1, -3).float() / scale
     if not isinstance(picture, Tensor):
         raise TypeError(
             f"a {type(picture).__name__} is no picture; give a PIL image, an array (H, W, 3), a tensor "

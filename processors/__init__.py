@@ -3,9 +3,11 @@
 from diffctrl.processors.base import ControlAttnProcessor, NeutralAttnProcessor
 from diffctrl.processors.capture import CaptureAttnProcessor
 from diffctrl.processors.radial import RadialAttnProcessor
+from diffctrl.processors.refam import RefAMAttnProcessor
 from diffctrl.processors.softpag import SoftPAGAttnProcessor
 from diffctrl.processors.sparsed import SparseDAttnProcessor
 from diffctrl.radial import RadialConfig
+from diffctrl.refam import RefAMConfig
 from diffctrl.softpag import SoftPAGConfig
 from diffctrl.sparsed import SparseDConfig
 
@@ -15,6 +17,8 @@ __all__ = [
     "NeutralAttnProcessor",
     "RadialAttnProcessor",
     "RadialConfig",
+    "RefAMAttnProcessor",
+    "RefAMConfig",
     "SoftPAGAttnProcessor",
     "SoftPAGConfig",
     "SparseDAttnProcessor",

@@ -84,7 +84,6 @@ class RefAMAttnProcessor(CaptureAttnProcessor):
         context = next(c for c, _ in self._collectors.values() if model in (None, c.model_name))
         names = self.specs_on(sites := list(context.sites.values()))
         count = len(eligible_sites(self.specs["i2t"], sites))
-        depth = tuple(block / max(count - 1, 1) for block in i2t.blocks)
         mass = self.result("text_mass", model=model).values if "text_mass" in names else None
         t2i = self.result("t2i", model=model).values if "t2i" in names else None
         return [
@@ -92,7 +91,8 @@ class RefAMAttnProcessor(CaptureAttnProcessor):
                 i2t=i2t.values[row].transpose(-1, -2),
                 t2i=None if t2i is None else t2i[row],
                 text_mass=None if mass is None else mass[row],
-                depth=depth,
+                blocks=i2t.blocks,
+                count=count,
             )
             for row in range(i2t.values.shape[0])
         ]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from diffctrl import CaptureSpec
 from diffctrl.processors import (
+    CaptureAttnProcessor,
     ControlAttnProcessor,
     NeutralAttnProcessor,
     RadialAttnProcessor,
+    RefAMAttnProcessor,
     SoftPAGAttnProcessor,
 )
 
@@ -32,6 +35,14 @@ class MethodCase:
 
 METHODS: tuple[MethodCase, ...] = (
     MethodCase("neutral", NeutralAttnProcessor, neutral=True),
+    MethodCase(
+        "capture",
+        lambda: CaptureAttnProcessor(
+            {"map": CaptureSpec(), "sinks": CaptureSpec(quantity="column_entropy", blocks="each")}
+        ),
+        neutral=True,
+    ),
+    MethodCase("refam", RefAMAttnProcessor, neutral=True, families=("sd3", "flux", "mochi", "wan")),
     MethodCase("softpag-u0", lambda: SoftPAGAttnProcessor(u=0.0), neutral=True),
     MethodCase("softpag", lambda: SoftPAGAttnProcessor(u=0.5, w=2.0)),
     MethodCase(

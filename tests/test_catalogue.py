@@ -32,7 +32,7 @@ def test_every_processor_of_a_method_is_registered():
         for kind in exported
         if isinstance(kind, type) and issubclass(kind, Control) and hasattr(kind, "method")
     }
-    assert methods_of - {"neutral"} == set(methods.METHODS)
+    assert methods_of - {"neutral", "capture"} == set(methods.METHODS)
 
 
 def test_ready_pipelines_are_importable():

@@ -24,31 +24,49 @@ class Weights:
         i2t: (N, T, I) of image queries on text keys, softmax over all keys.
         t2i: (N, T, I) of text queries on image keys, or None where it was not asked for.
         text_mass: (N, T) mean over text queries of their weights on each text key, None without text queries.
-        depth: (N,) relative depth of each block.
+        blocks: (N,) which of the model's blocks.
+        count: blocks of the model.
     """
 
     i2t: Tensor
     t2i: Tensor | None
     text_mass: Tensor | None
-    depth: tuple[float, ...]
+    blocks: tuple[int, ...]
+    count: int
+
+    @property
+    def depth(self) -> tuple[float, ...]:
+        """(N,) relative depth of each block."""
+        return tuple(block / max(self.count - 1, 1) for block in self.blocks)
+
+    def only(self, blocks: Sequence[int]) -> Weights:
+        """Those of some of the blocks.
+
+        Raises:
+            ValueError: one of them is not there.
+        """
+        if missing := sorted(set(blocks) - set(self.blocks)):
+            raise ValueError(f"block {missing[0]} was not read; there are {', '.join(map(str, self.blocks))}")
+        places = [self.blocks.index(block) for block in blocks]
+        t2i, mass = self.t2i, self.text_mass
+        return Weights(
+            self.i2t[places],
+            None if t2i is None else t2i[places],
+            None if mass is None else mass[places],
+            tuple(blocks),
+            self.count,
+        )
 
     def cpu(self) -> Weights:
         """The same on the CPU."""
-        moved = [None if value is None else value.cpu() for value in (self.i2t, self.t2i, self.text_mass)]
-        assert moved[0] is not None
-        return Weights(moved[0], moved[1], moved[2], self.depth)
-
-    def mean_with(self, others: Sequence[Weights]) -> Weights:
-        """The mean of this and others (further noise draws)."""
-        every = [self, *others]
-
-        def mean(name: str) -> Tensor | None:
-            values = [getattr(each, name) for each in every]
-            return None if values[0] is None else torch.stack(values).mean(dim=0)
-
-        i2t = mean("i2t")
-        assert i2t is not None
-        return Weights(i2t, mean("t2i"), mean("text_mass"), self.depth)
+        t2i, mass = self.t2i, self.text_mass
+        return Weights(
+            self.i2t.cpu(),
+            None if t2i is None else t2i.cpu(),
+            None if mass is None else mass.cpu(),
+            self.blocks,
+            self.count,
+        )
 
 
 @dataclass(frozen=True, slots=True)
