@@ -5,6 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffctrl.pipelines.radial import (
+        CogVideoXRadialPipeline,
+        HunyuanVideoRadialPipeline,
+        LTXRadialPipeline,
+        MochiRadialPipeline,
+        WanImageToVideoRadialPipeline,
+        WanRadialPipeline,
+    )
     from diffctrl.pipelines.refam import (
         FluxRefAMPipeline,
         MochiRefAMPipeline,
@@ -21,20 +29,32 @@ if TYPE_CHECKING:
     from diffctrl.pipelines.sparsed import DreamSparseDPipeline, LLaDASparseDPipeline
 
 __all__ = [
+    "CogVideoXRadialPipeline",
     "DreamSparseDPipeline",
     "FluxRefAMPipeline",
     "FluxSoftPAGPipeline",
+    "HunyuanVideoRadialPipeline",
     "LLaDASparseDPipeline",
+    "LTXRadialPipeline",
+    "MochiRadialPipeline",
     "MochiRefAMPipeline",
     "SoftPAGGuidance",
     "StableDiffusion3RefAMPipeline",
     "StableDiffusion3SoftPAGPipeline",
     "StableDiffusionXLSoftPAGPipeline",
+    "WanImageToVideoRadialPipeline",
+    "WanRadialPipeline",
     "WanRefAMPipeline",
     "WanSoftPAGPipeline",
 ]
 
 _PLACES = {
+    "CogVideoXRadialPipeline": "diffctrl.pipelines.radial",
+    "HunyuanVideoRadialPipeline": "diffctrl.pipelines.radial",
+    "LTXRadialPipeline": "diffctrl.pipelines.radial",
+    "MochiRadialPipeline": "diffctrl.pipelines.radial",
+    "WanImageToVideoRadialPipeline": "diffctrl.pipelines.radial",
+    "WanRadialPipeline": "diffctrl.pipelines.radial",
     "DreamSparseDPipeline": "diffctrl.pipelines.sparsed",
     "FluxRefAMPipeline": "diffctrl.pipelines.refam",
     "FluxSoftPAGPipeline": "diffctrl.pipelines.softpag",

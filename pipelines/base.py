@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import diffctrl
@@ -76,6 +77,67 @@ class ControlledPipelineMixin:
         config = json.loads(super().to_json_string())  # type: ignore[misc]
         config["_class_name"] = self.stock_class.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+class MethodPipelineMixin(ControlledPipelineMixin):
+    """Mixed in before a stock pipeline class whose call shall also take the settings of a method.
+
+    Attributes:
+        processor_class: of the method; built as `processor_class(config=settings)`.
+        defaults: the settings where nothing is said; an object of the method's config class.
+        call_note: a last sentence for the call's documentation.
+    """
+
+    processor_class: ClassVar[type]
+    defaults: ClassVar[Any]
+    call_note: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "stock_class" not in vars(cls):
+            return  # a method's own mixin
+
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it is the class's call
+            return self._controlled_call(*args, **kwargs)
+
+        config, settings = type(cls.defaults), cls._settings()
+        __call__.__doc__ = (
+            f"`{cls.stock_class.__name__}.__call__` with {config.__name__.removesuffix('Config')}.\n\n"
+            f"Besides the stock arguments it takes those of `{config.__name__}` ({', '.join(settings)})\n"
+            "for this call. What is left out comes from the installed processor, or is the default\n"
+            f"without one. {cls.call_note}"
+        )
+        joined = joined_signature(cls.stock_class.__call__, config)
+        parameters = [
+            p.replace(default=getattr(cls.defaults, name)) if name in settings else p
+            for name, p in joined.parameters.items()
+        ]
+        __call__.__signature__ = joined.replace(parameters=parameters)  # type: ignore[attr-defined]
+        cls.__call__ = __call__  # type: ignore[method-assign]
+
+    @classmethod
+    def _settings(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls.defaults))
+
+    def _controlled_call(self, *args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in self._settings() if name in kwargs}
+        settings = {name: value for name, value in given.items() if value is not None}
+        stock: Any = self.stock_class.__call__
+        if not settings and (self.control is not None or self._controlled_from_outside()):
+            return stock(self, *args, **kwargs)
+        with self._controlled(self._with_settings(settings)):
+            return stock(self, *args, **kwargs)
+
+    def _with_settings(self, settings: dict[str, Any]) -> list[Any]:
+        """The installed processors with the method's settings changed, or added where it is not among
+        them."""
+        make: Any = self.processor_class
+        installed = [] if self.control is None else list(self.control.controls)
+        for index, control in enumerate(installed):
+            if isinstance(control, make):
+                installed[index] = make(config=replace(control.config, **settings))
+                return installed
+        return [*installed, make(config=replace(self.defaults, **settings))]
 
 
 def joined_signature(stock: Callable[..., Any], own: Callable[..., Any]) -> inspect.Signature:

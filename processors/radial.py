@@ -10,7 +10,16 @@ from typing import Any
 from diffctrl.control import Context, Contributions, Published
 from diffctrl.families import ForwardInfo, Site
 from diffctrl.processors.base import ControlAttnProcessor
-from diffctrl.radial import DenseParts, Layout, Pattern, RadialConfig, block_lists, preset
+from diffctrl.processors.radial_estimate import predicted, subject_of
+from diffctrl.radial import (
+    DenseParts,
+    Layout,
+    Pattern,
+    Prediction,
+    RadialConfig,
+    block_lists,
+    preset,
+)
 from diffctrl.radial.presets import NATIVE_FRAMES, is_extended, resolve
 
 logger = logging.getLogger("diffctrl.radial")
@@ -82,6 +91,29 @@ class RadialAttnProcessor(ControlAttnProcessor):
             experts: denoisers of the pipeline.
         """
         return resolve(self.config, preset(family, frames=frames, experts=experts))
+
+    def estimate(
+        self, pipe: Any, height: int, width: int, frames: int, steps: int = 50, *, efficiency: float = 1.0
+    ) -> Prediction:
+        """Density, share of attention and speed-up to expect; a gain below 1.15 is warned of.
+
+        Args:
+            pipe: a video pipeline.
+            height, width, frames: of the video, in pixels.
+            steps: of the run.
+            efficiency: the rate of the card's sparse kernel over that of its dense one. By the engine's
+                measurements it is about 1 on an H100, on long sequences.
+
+        Raises:
+            TypeError: the pipeline is not of a supported family.
+        """
+        subject = subject_of(pipe, height, width, frames)
+        if subject.family.name not in self.families:
+            raise TypeError(
+                f"radial does not support {subject.family.title}; it supports {', '.join(self.families)}"
+            )
+        pattern, dense = self.resolved(subject.family.name, subject.layout.frames, subject.experts)
+        return predicted(subject, pattern, dense, steps, efficiency)
 
     @staticmethod
     def _notes(context: Context, site: Site, frames: int) -> None:
