@@ -199,7 +199,9 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
                 f"{expression!r} is not a part of the prompt {prompt!r}, word for word; maps are of words in it"
             )
         chosen = self._settings(config, dict(settings or {}))
-        chosen = replace(chosen, magnet_encoding="none", padding="keep", caption=None, caption_as_prefix=False)
+        chosen = replace(
+            chosen, magnet_encoding="none", padding="keep", caption=None, caption_as_prefix=False
+        )
         processor = RefAMAttnProcessor(chosen)
         installed = () if self.control is None else self.control.controls
         began = time.perf_counter()
@@ -297,7 +299,9 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         began = time.perf_counter()
         embeds = reader.place(torch.stack([task.rows.embeds for task in tasks]))
         pooled = [task.rows.pooled for task in tasks]
-        stacked = None if pooled[0] is None else reader.place(torch.stack([p for p in pooled if p is not None]))
+        stacked = (
+            None if pooled[0] is None else reader.place(torch.stack([p for p in pooled if p is not None]))
+        )
         processor.reset()
         for draw in range(config.n_noise):  # the processor averages over forwards
             noised = torch.stack([reader.noised(task.latents, config, draw) for task in tasks])
@@ -371,7 +375,9 @@ def _checked(expression: Any) -> str:
 
 def _drawn_pixels(output: Any) -> Tensor | None:
     """What a stock pipeline drew, or None of latents."""
-    first = output[0] if isinstance(output, tuple) else getattr(output, "images", getattr(output, "frames", None))
+    first = (
+        output[0] if isinstance(output, tuple) else getattr(output, "images", getattr(output, "frames", None))
+    )
     if first is None or (isinstance(first, Tensor) and first.shape[-3] != 3):
         return None
     return pixels_of(first[0])

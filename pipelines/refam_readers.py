@@ -13,7 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffctrl.refam import Encoded, Piece, RefAMConfig, TokenTable, choose_magnets, encode, split_words, token_table
+from diffctrl.refam import (
+    Encoded,
+    Piece,
+    RefAMConfig,
+    TokenTable,
+    choose_magnets,
+    encode,
+    split_words,
+    token_table,
+)
 
 _TEXTS_AT_ONCE = 64
 

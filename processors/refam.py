@@ -43,7 +43,9 @@ class RefAMAttnProcessor(CaptureAttnProcessor):
         **settings: Any,
     ) -> None:
         if config is not None and settings:
-            raise ValueError(f"give config or single settings, not both; got both config and {sorted(settings)}")
+            raise ValueError(
+                f"give config or single settings, not both; got both config and {sorted(settings)}"
+            )
         self.config = config if config is not None else RefAMConfig.from_dict(settings)
         # Which blocks and heads is known when a model is: see `specs_on`.
         named = {

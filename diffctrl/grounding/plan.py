@@ -114,7 +114,7 @@ def make(request: GroundRequest) -> GroundPlan:
     phrases = _phrases(request)
     frames, digest = _frames(request.image)
     source = ModelSource.find(request.model or DEFAULT_MODEL)
-    grounder = _grounder(source)
+    grounder = grounder_of(source)
     if len(frames) > 1 and not grounder.video:
         raise BadRequestError(
             f"{request.image} has {len(frames)} frames, and {source.name} reads single pictures; use a video "
@@ -196,16 +196,19 @@ def _read(path: Path) -> list[Any]:
                     "million pixels are read"
                 )
             # Cameras write how a photograph is to be turned; a mask of the unturned pixels would be wrong.
-            return [
-                ImageOps.exif_transpose(frame).convert("RGB") for frame in ImageSequence.Iterator(opened)
-            ]
+            return [ImageOps.exif_transpose(frame).convert("RGB") for frame in ImageSequence.Iterator(opened)]
     except BadRequestError:
         raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise BadRequestError(f"{path} is no picture that can be read") from None
 
 
-def _grounder(source: ModelSource) -> Grounder:
+def grounder_of(source: ModelSource) -> Grounder:
+    """What is known of the pipeline class of a model.
+
+    Raises:
+        BadRequestError: it cannot ground, or wants code of its own.
+    """
     index = source.config()
     name = str(index.get("_class_name"))
     if name not in GROUNDERS:

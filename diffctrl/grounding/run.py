@@ -8,37 +8,40 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffctrl.drawing import environment
 from diffctrl.errors import BadRequestError
 from diffctrl.grounding.overlay import mask_picture, overlay
-from diffctrl.grounding.plan import GroundPlan
+from diffctrl.grounding.plan import Grounder, GroundPlan
+
+if TYPE_CHECKING:
+    from diffctrl.drawing.source import ModelSource
 
 RECIPE_VERSION = 1
 _BATCH = 8
 
 
 def load(plan: GroundPlan) -> Any:
-    """The plan's ready pipeline on its device, silent."""
+    """The plan's ready pipeline on its device."""
     import torch
 
-    import diffctrl.pipelines
-
-    stock = plan.source.load(getattr(torch, plan.dtype))
-    ready = getattr(diffctrl.pipelines, plan.grounder.ready)
-    pipe = ready.from_pipe(stock) if not hasattr(stock, "components") else ready(**_parts(stock))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = ready_pipeline(plan.source, plan.grounder, getattr(torch, plan.dtype))
     return pipe if plan.device == "cpu" else pipe.to(plan.device)
 
 
-def _parts(stock: Any) -> dict[str, Any]:
-    """Components and the settings that the pipeline's constructor takes besides them."""
+def ready_pipeline(source: ModelSource, grounder: Grounder, dtype: Any) -> Any:
+    """The ready pipeline of a model, silent, on the CPU."""
     import inspect
 
-    names = inspect.signature(type(stock).__init__).parameters
-    extra = {name: value for name, value in stock.config.items() if name in names}
-    return {**{name: value for name, value in extra.items() if name not in stock.components}, **stock.components}
+    import diffctrl.pipelines
+
+    stock = source.load(dtype)
+    takes = inspect.signature(type(stock).__init__).parameters
+    extra = {n: v for n, v in stock.config.items() if n in takes and n not in stock.components}
+    pipe = getattr(diffctrl.pipelines, grounder.ready)(**stock.components, **extra)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def ground(plan: GroundPlan, pipe: Any) -> Iterator[Any]:

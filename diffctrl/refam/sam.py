@@ -51,7 +51,9 @@ class Segmenter:
                 kind = AutoConfig.from_pretrained(name).model_type
             except (OSError, ValueError) as error:
                 first = str(error).strip().splitlines()[0]
-                raise ValueError(f"sam={name!r} is no folder and cannot be had from the hub ({first})") from None
+                raise ValueError(
+                    f"sam={name!r} is no folder and cannot be had from the hub ({first})"
+                ) from None
         if kind not in _KINDS:
             raise ValueError(f"sam={name!r} is a {kind!r} model; accepted: {', '.join(_KINDS)}")
         return str(kind)
@@ -110,9 +112,7 @@ class Segmenter:
                 "give SAM 2 video weights (model_type sam2_video)"
             )
         model, processor = self._load("sam2_video")
-        session = processor.init_video_session(
-            video=frames, inference_device=self.device, dtype=self._dtype
-        )
+        session = processor.init_video_session(video=frames, inference_device=self.device, dtype=self._dtype)
         processor.add_inputs_to_inference_session(
             inference_session=session,
             frame_idx=frame,

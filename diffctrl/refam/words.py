@@ -15,6 +15,7 @@ from diffctrl.errors import nearest
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]|_")
 
+
 def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 

@@ -45,7 +45,7 @@ def _text_mass():
 
 @pytest.fixture
 def weights():
-    return Weights(LOGITS.softmax(-1)[:, :6].T[None], None, _text_mass()[None], (1.0,))
+    return Weights(LOGITS.softmax(-1)[:, :6].T[None], None, _text_mass()[None], (1,), 2)
 
 
 def _close(found, wanted):
@@ -126,7 +126,7 @@ def _sunk(kinds, sink, blocks=2, flagged_in=(0, 1), words=("a", "red", "cube")):
     i2t[:, range(len(kinds)), [i % 4 for i in range(len(kinds))]] = 0.01
     for block in flagged_in:
         i2t[block, sink] = 0.5
-    return Weights(i2t, None, None, tuple([1.0] * blocks)), table
+    return Weights(i2t, None, None, tuple(range(60, 60 + blocks)), 64), table
 
 
 def test_a_sink_on_a_content_word_is_left_out_where_it_was_flagged():
@@ -163,7 +163,7 @@ def test_settled_sinks_need_no_magnet():
 
 def test_product_wants_all_words_at_one_place():
     i2t = torch.tensor([[[0.3, 0.3, 0.01, 0.3], [0.01, 0.2, 0.9, 0.01]]])
-    weights = Weights(i2t, None, None, (1.0,))
+    weights = Weights(i2t, None, None, (1,), 2)
     table = _rows(["content", "content"], ("red", "cube"))
     config = RefAMConfig(sinks="off")
     assert int(score(weights, table, config, encoder="t5").heat.argmax()) == 2
@@ -181,9 +181,14 @@ def test_word_queries_need_text_queries(weights):
         score(weights, TABLE, RefAMConfig(direction="t2i", sinks="off"), encoder="t5")
 
 
-def test_noise_draws_are_averaged(weights):
-    double = Weights(weights.i2t * 3, None, weights.text_mass, weights.depth)
-    torch.testing.assert_close(weights.mean_with([double]).i2t, weights.i2t * 2)
+def test_some_of_the_blocks():
+    weights, table = _sunk(["content", "special"], 0, 3, (1,), ("cube",))
+    part = weights.only((61,))
+    assert part.blocks == (61,)
+    assert part.depth == (61 / 63,)
+    torch.testing.assert_close(part.i2t, weights.i2t[1:2])
+    with pytest.raises(ValueError, match="block 7 was not read"):
+        weights.only((60, 7))
 
 
 # --- the planted oracle ---------------------------------------------------------------------------------------
@@ -196,7 +201,7 @@ def _oracle(magnets, filtered):
     kinds = ["content", "stop", "special", *(["magnet"] * 2 if magnets else [])]
     table = _rows(kinds, ("cube", "with"))
     config = RefAMConfig(stop_words=filtered, noun_phrase="rules" if filtered else "off")
-    weights = Weights(attention[None], None, None, (1.0,))
+    weights = Weights(attention[None], None, None, (1,), 2)
     heat = score(weights, table, config, encoder="t5").heat
     if not filtered:  # a plain map takes the end token too
         heat = attention[[0, 1, 2]].sum(0)
@@ -219,7 +224,7 @@ def test_scoring_equals_the_slow_reference():
     generator = torch.Generator().manual_seed(3)
     query, key = torch.randn(2, 11, 2, 8, generator=generator)
     whole = probabilities(query, key)  # 5 text tokens, then 6 image tokens
-    weights = Weights(whole.mean(0)[5:, :5].T[None], None, whole.mean(0)[:5, :5].mean(0)[None], (1.0,))
+    weights = Weights(whole.mean(0)[5:, :5].T[None], None, whole.mean(0)[:5, :5].mean(0)[None], (1,), 2)
     table = _rows(["stop", "content", "content", "special", "magnet"])
     found = score(weights, table, RefAMConfig(sinks="off"), encoder="t5")
     torch.testing.assert_close(found.heat, summed_columns(whole, range(5, 11), [1, 2]))

@@ -1,0 +1,216 @@
+"""The ladder of `evaluate_grounding.py`: plain maps, then one part of RefAM after another, and the priors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffctrl.refam import Grounding, RefAMConfig, metrics
+from diffctrl.refam.locate import centre, mask_of, peak
+from diffctrl.scripts.grounding_data import Sample
+
+PLAIN, STOP, PHRASE, SINKS, BIAS, FULL = (
+    "plain maps",
+    "+ stop words",
+    "+ noun phrase",
+    "+ sinks",
+    "+ spatial bias",
+    "+ magnets (full RefAM)",
+)
+CHOSEN, CENTRE, BOX = "chosen settings", "centre prior", "random box"
+# Settings that change the forward; all others only change what is made of its attention.
+_FORWARD = (
+    "magnets",
+    "magnet_encoding",
+    "padding",
+    "sigma",
+    "n_noise",
+    "seed",
+    "guidance",
+    "heads",
+    "caption",
+    "caption_as_prefix",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one rung said of one sample, measured."""
+
+    hit: bool
+    overlap: tuple[int, int]
+    precision: float
+
+
+@dataclass(slots=True)
+class Rung:
+    """One way to answer.
+
+    Attributes:
+        name: in the table.
+        config: settings; of the plain maps, without any filter.
+        plain: sum over all tokens of the expression, special ones too.
+        answers: one per sample.
+    """
+
+    name: str
+    config: RefAMConfig
+    plain: bool = False
+    answers: list[Answer] = field(default_factory=list)
+
+
+def rungs_of(chosen: RefAMConfig, magnets: RefAMConfig | None = None) -> list[Rung]:
+    """The ladder on the blocks, direction and noise level of the chosen settings.
+
+    Each rung has the ones above; the last one adds magnets, whatever was chosen for them.
+    """
+    bare = replace(
+        chosen,
+        stop_words=False,
+        noun_phrase="off",
+        sinks="off",
+        spatial_bias=False,
+        magnet_encoding="none",
+    )
+    stop = replace(bare, stop_words=True)
+    phrase = replace(stop, noun_phrase="rules")
+    sinks = replace(phrase, sinks="filter")
+    bias = replace(sinks, spatial_bias=True)
+    full = replace(bias, magnet_encoding="separate")
+    return [
+        Rung(PLAIN, bare, plain=True),
+        Rung(STOP, stop),
+        Rung(PHRASE, phrase),
+        Rung(SINKS, sinks),
+        Rung(BIAS, bias),
+        Rung(FULL, full),
+        Rung(CHOSEN, chosen),
+    ]
+
+
+def forward_key(config: RefAMConfig) -> tuple[Any, ...]:
+    """Settings with the same key share their forwards."""
+    return tuple(getattr(config, name) for name in _FORWARD)
+
+
+def climb(
+    pipe: Any, samples: Sequence[Sample], rungs: Sequence[Rung], *, batch: int, size: tuple[int, int] | None
+) -> None:
+    """Let every rung answer every sample; forwards are shared where settings allow it."""
+    groups: dict[tuple[Any, ...], list[Rung]] = {}
+    for rung in rungs:
+        groups.setdefault(forward_key(rung.config), []).append(rung)
+    for start in range(0, len(samples), batch):
+        part = samples[start : start + batch]
+        pairs = [(sample.picture(), sample.expression) for sample in part]
+        truths = [sample.truth() for sample in part]
+        for group in groups.values():
+            for sample, truth, found in zip(part, truths, _read(pipe, pairs, group, batch), strict=True):
+                for rung in group:
+                    rung.answers.append(found(rung, sample, truth))
+
+
+def _read(
+    pipe: Any, pairs: list[tuple[Any, str]], group: Sequence[Rung], batch: int
+) -> Iterator[Callable[[Rung, Sample, Tensor], Answer]]:
+    """For each pair a function that answers for any rung of the group."""
+    weighed = pipe.weigh(pairs, covering([rung.config for rung in group]), batch_size=batch)
+    for each in weighed:
+
+        def answer(rung: Rung, sample: Sample, truth: Tensor, each: Any = each) -> Answer:
+            found = pipe.conclude(each, rung.config)
+            if rung.plain:
+                found = plain_grounding(each, found, rung.config, pipe)
+            return measured(found.heat, found.point, found.mask, truth)
+
+        yield answer
+
+
+def covering(configs: Sequence[RefAMConfig]) -> RefAMConfig:
+    """One forward's settings that read everything that any of these needs."""
+    t2i = any(config.direction == "t2i" for config in configs)
+    blocks = {config.blocks for config in configs}
+    joined = configs[0].blocks if len(blocks) == 1 else ",".join(sorted(b for b in blocks if b != "auto"))
+    normal = replace(configs[0], normalise="full")
+    return replace(normal, blocks=joined, direction="t2i" if t2i else "i2t")
+
+
+def plain_grounding(weighed: Any, found: Grounding, config: RefAMConfig, pipe: Any) -> Grounding:
+    """The same with the map of all of the expression's tokens, special ones too: nothing is filtered."""
+    weights = weighed.weights.only(config.chosen_blocks(weighed.weights.count))
+    encoder = pipe.reader.encoder(config.encoder)
+    columns = list(weighed.rows.table.columns("content", "outside", "stop", "special", encoder=encoder))
+    source = weights.t2i if config.direction == "t2i" else weights.i2t
+    heat = source[:, columns].sum(dim=1).mean(dim=0).view(-1, *found.heat.shape)[0]
+    grid = (heat.shape[0], heat.shape[1])
+    point = centre(*peak(heat), grid, found.size)
+    rule: Any = config.mask if config.mask != "sam" else "region"
+    return replace(found, heat=heat, point=point, mask=mask_of(heat, point, found.size, rule))
+
+
+def measured(heat: Tensor, point: tuple[float, float], mask: Tensor, truth: Tensor) -> Answer:
+    """One answer against the truth."""
+    from diffctrl.refam.locate import enlarged
+
+    truth = truth[0] if truth.ndim == 3 else truth
+    size = (truth.shape[0], truth.shape[1])
+    return Answer(
+        metrics.point_inside(point, truth),
+        metrics.overlap(mask, truth),
+        metrics.average_precision(enlarged(heat, size), truth),
+    )
+
+
+def priors(samples: Sequence[Sample], area: float, *, seed: int) -> list[Rung]:
+    """What needs no model: the middle of the picture, and a random box of the usual area."""
+    rng = np.random.default_rng(seed)
+    config = RefAMConfig()
+    middle, random = Rung(CENTRE, config), Rung(BOX, config)
+    for sample in samples:
+        truth = sample.truth()
+        truth = truth[0] if truth.ndim == 3 else truth
+        height, width = truth.shape
+        side = math.sqrt(area)
+        for rung, (x, y) in ((middle, (0.5, 0.5)), (random, tuple(rng.uniform(side / 2, 1 - side / 2, 2)))):
+            rows = (torch.arange(height) + 0.5) / height - y
+            columns = (torch.arange(width) + 0.5) / width - x
+            mask = (rows.abs() <= side / 2)[:, None] & (columns.abs() <= side / 2)[None, :]
+            heat = -torch.hypot(rows[:, None], columns[None, :])
+            rung.answers.append(measured(heat, (x * width, y * height), mask, truth))
+    return [middle, random]
+
+
+def mean_area(samples: Sequence[Sample]) -> float:
+    """Share of the picture that a target covers, on average."""
+    shares = [sample.truth().float().mean().item() for sample in samples]
+    return sum(shares) / len(shares)
+
+
+MEASURES: Mapping[str, Callable[[Sequence[Answer]], float]] = {
+    "pointing accuracy": lambda found: 100 * sum(a.hit for a in found) / len(found),
+    "mIoU": lambda found: 100 * metrics.mean_iou([a.overlap for a in found]),
+    "oIoU": lambda found: 100 * metrics.overall_iou([a.overlap for a in found]),
+    "P@0.5": lambda found: 100 * metrics.precision_at([a.overlap for a in found], 0.5),
+    "average precision": lambda found: 100 * sum(a.precision for a in found) / len(found),
+}
+
+
+def interval(
+    samples: Sequence[Sample], answers: Sequence[Answer], measure: Callable[[Sequence[Answer]], float]
+) -> metrics.Interval:
+    """A measure with its bootstrap interval over scenes."""
+    scenes = [sample.scene for sample in samples]
+    return metrics.bootstrap(scenes, lambda chosen: measure([answers[i] for i in chosen]))
+
+
+def difference(samples: Sequence[Sample], one: Rung, other: Rung) -> metrics.Interval:
+    """Pointing accuracy of one rung minus another's, on the same scenes."""
+    gained = np.array([a.hit - b.hit for a, b in zip(one.answers, other.answers, strict=True)], dtype=float)
+    scenes = [sample.scene for sample in samples]
+    return metrics.bootstrap(scenes, lambda chosen: 100 * float(gained[chosen].mean()))
