@@ -25,7 +25,8 @@ def attended_pairs(lists: BlockLists, rows: torch.Tensor, columns: torch.Tensor)
     """
     device = rows.device
     full, partial = lists.cached(device, "planes", lambda: _planes(lists, device))
-    b = torch.arange(max(lists.batch, len(rows), len(columns)), device=device)[:, None, None, None]
+    batch = max(lists.batch, _rule_rows(lists), len(rows), len(columns))
+    b = torch.arange(batch, device=device)[:, None, None, None]
     h = torch.arange(full.shape[1], device=device)[:, None, None]
     q, k = rows[:, None, :, None], columns[:, None, None, :]
     place = b % full.shape[0], h, q // lists.block[0], k // lists.block[1]
@@ -41,7 +42,7 @@ def attended_pairs(lists: BlockLists, rows: torch.Tensor, columns: torch.Tensor)
 def part_of(lists: BlockLists, batch: range, heads: tuple[int, ...] | None) -> BlockLists:
     """The lists of some batch rows and heads of a call; the same object where all share one list."""
     rule = lists.rule
-    if rule is not None and rule.kind == "kv_validity" and rule.tensors[0].shape[0] > 1:
+    if rule is not None and _rule_rows(lists) > 1:
         rule = Rule(rule.kind, (rule.tensors[0][batch.start : batch.stop],))
     by_row = lists.counts.shape[0] > 1
     by_head = lists.counts.shape[1] > 1 and heads is not None
@@ -66,6 +67,12 @@ def part_of(lists: BlockLists, batch: range, heads: tuple[int, ...] | None) -> B
         )
 
     return lists.cached("cpu", f"part {batch.start}:{batch.stop} {heads}", make)
+
+
+def _rule_rows(lists: BlockLists) -> int:
+    """Batch rows that the element rule tells apart, 1 if none."""
+    rule = lists.rule
+    return rule.tensors[0].shape[0] if rule is not None and rule.kind == "kv_validity" else 1
 
 
 def _planes(lists: BlockLists, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -206,7 +206,8 @@ class Collector:
         least = _TILES * 4 * heads * largest[2][0] * max(largest[2][-1], 64)
         if room < least:
             name, entry, shape = largest
-            axes = ", ".join(f"{size} {axis}s" for size, axis in zip(shape, _axes(entry.spec), strict=False))
+            names = [axis.replace("query", "querie") for axis in _axes(entry.spec)]
+            axes = ", ".join(f"{size} {axis}s" for size, axis in zip(shape, names, strict=True))
             raise ValueError(
                 f"this capture needs {_mib(total)} for its totals and at least {_mib(least)} to work in, "
                 f"more than max_bytes={self._max_bytes} ({_mib(self._max_bytes)}). The most, "
@@ -263,8 +264,8 @@ class Collector:
             entry.totals, entry.steps, entry.pending, entry.dropped = [], [], set(), 0
 
 
-def _mib(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.4g} MiB"
 
 
 def _axes(spec: CaptureSpec) -> tuple[str, ...]:
