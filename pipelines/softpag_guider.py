@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import diffctrl
 from diffctrl.control import ControlHandle
 from diffctrl.processors import SoftPAGAttnProcessor
-from diffctrl.softpag import SoftPAGConfig, guidance_delta, parse_heads, rescaled
+from diffctrl.softpag import SoftPAGConfig, guidance_delta, rescaled
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_perturbed"
 
@@ -47,7 +47,8 @@ class SoftPAGGuidance(BaseGuidance):
 
     Args:
         guidance_scale: s, where 1 turns classifier-free guidance off.
-        heads: which heads, by their names, as in 'L3H1,L4=0.7'; None for the default of `SoftPAGConfig`.
+        heads: which heads, as in 'L3H1,L4=0.7', or the name of a shipped set; None for the default of
+            `SoftPAGConfig`.
         u, w, kind, scope, path, query_mean, sigma, temperature, difference, apg_parallel, apg_norm,
             apg_momentum, rescale: as in `SoftPAGConfig`.
         start, stop: the half-open part of the run in which heads are perturbed; step 0 is in [0, 1).
@@ -97,10 +98,10 @@ class SoftPAGGuidance(BaseGuidance):
             "apg_momentum": apg_momentum,
             "rescale": rescale,
         }
-        named = None if heads is None else parse_heads(heads)
-        self.settings = SoftPAGConfig(heads=named, start_fraction=start, stop_fraction=stop, **options)
+        self.settings = SoftPAGConfig(heads=heads, start_fraction=start, stop_fraction=stop, **options)
+        named = self.settings.heads
         if named is not None:  # as text, which JSON keeps
-            self.register_to_config(heads=",".join(map(str, named)))
+            self.register_to_config(heads=named if isinstance(named, str) else ",".join(map(str, named)))
         self.guidance_scale = guidance_scale
         self._current: str | None = None
         self._handle: ControlHandle | None = None

@@ -18,11 +18,12 @@ from diffctrl.softpag import (
     blend_identity,
     blend_zero,
     guidance_delta,
-    parse_heads,
+    library,
     perturb,
     rescaled,
 )
 from diffctrl.softpag.config import LAYER_KINDS
+from diffctrl.softpag.headhunt.universe import Universe
 from diffctrl.softpag.layers import faded, reordered, shuffled
 
 
@@ -96,7 +97,8 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
 
     def describe(self) -> str:
         config = self.config
-        heads = "default" if config.heads is None else ",".join(map(str, config.heads))
+        heads = "default" if config.heads is None else config.heads
+        heads = heads if isinstance(heads, str) else ",".join(map(str, heads))
         parts = [f"heads={heads}", f"u={config.u:g}", f"w={config.w:g}", f"scope={config.scope}"]
         for field in fields(config):
             value = getattr(config, field.name)
@@ -145,9 +147,8 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
                 if site.stack in family.stacks:
                     by_index[None, family.flat_layer(list(sites), site)] = site
         flat = sorted(layer for stack, layer in by_index if stack is None)
-        if self.config.heads is not None:
-            heads = parse_heads(self.config.heads)
-        else:  # PAG's own place in a UNet is the middle block; a transformer has none
+        heads = self._named(sites)
+        if heads is None:  # PAG's own place in a UNet is the middle block; a transformer has none
             middle = tuple(Head(layer, stack="mid") for stack, layer in by_index if stack == "mid")
             heads = middle or (Head(flat[len(flat) * 3 // 8]),)
         strengths: dict[str, Tensor] = {}
@@ -164,6 +165,18 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
                 self.config.u if head.u is None else head.u
             )
         return strengths
+
+    def _named(self, sites: Sequence[Site]) -> tuple[Head, ...] | None:
+        """The heads that the settings name, those of a shipped set, or None where neither says anything."""
+        heads = self.config.heads
+        if heads is not None and not isinstance(heads, str):
+            return heads
+        signature = Universe.of_sites(sites, sites[0].family.model_class().__name__).signature
+        if heads is not None:
+            return tuple(library.find(heads, signature))
+        # A set was found by perturbing towards the values; for another target a layer is as good a guess.
+        shipped = library.default(signature) if self.config.kind == "identity" else None
+        return None if shipped is None else tuple(shipped)
 
     def prepare(self, context: Context, previous: Published | None) -> Published | None:
         rows, info = context.rows, context.info

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffctrl import methods, settings
 from diffctrl.drawing.recipe import ControlSpec
 from diffctrl.errors import BadRequestError
+
+if TYPE_CHECKING:
+    from diffctrl.softpag.headset import HeadSet
 
 STOCK = "none"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -48,11 +51,31 @@ def read_controls(
     classes = {name: method.config_class() for name, method in found.items()}
     for key, text in pairs:
         name, option = _owner(key, classes)
-        given[name][option] = text
+        given[name][option] = str(read_head_set(text)) if is_head_set(option, text) else text
     return tuple(
         ControlSpec(method=name, settings=settings.as_plain(settings.parse(classes[name], values, of=name)))
         for name, values in given.items()
     )
+
+
+def is_head_set(option: str, text: str) -> bool:
+    """Whether a setting names a file of `diffctrl headhunt`, as in heads=heads.json."""
+    return option.rpartition(".")[2] == "heads" and text.endswith(".json")
+
+
+def read_head_set(path: str) -> HeadSet:
+    """The head set in a file; recipes hold its heads, not the file's name.
+
+    Raises:
+        BadRequestError: it cannot be read.
+    """
+    from diffctrl.softpag.headset import HeadSet
+
+    try:
+        return HeadSet.load(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadRequestError(f"--set heads={path} cannot be read ({reason})") from None
 
 
 def _owner(key: str, classes: Mapping[str, type]) -> tuple[str, str]:

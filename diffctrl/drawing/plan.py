@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffctrl.drawing import prompts
-from diffctrl.drawing.choices import choose_device, first, processors, read_controls
+from diffctrl.drawing.choices import (
+    choose_device,
+    first,
+    is_head_set,
+    processors,
+    read_controls,
+    read_head_set,
+)
 from diffctrl.drawing.recipe import ControlSpec, Recipe
 from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
@@ -99,7 +106,7 @@ def make(request: Request) -> Plan:
     warnings = prompts.check(source, prompt, longest)
     if negative:
         warnings += prompts.check(source, negative, longest, what="negative prompt")
-    _check_controls(source, controls)
+    _check_controls(source, controls, [text for key, text in request.settings if is_head_set(key, text)])
     return Plan(
         source=source,
         prompt=prompt,
@@ -173,8 +180,12 @@ def _check_negative(source: ModelSource, negative: str | None, guidance: float) 
         )
 
 
-def _check_controls(source: ModelSource, controls: tuple[ControlSpec, ...]) -> None:
-    """Try the controls on the model's architecture, made without memory for its weights."""
+def _check_controls(source: ModelSource, controls: tuple[ControlSpec, ...], head_sets: list[str]) -> None:
+    """Try the controls on the model's architecture, made without memory for its weights.
+
+    Args:
+        head_sets: files whose heads the controls name.
+    """
     if not controls:
         return
     import diffusers
@@ -187,6 +198,8 @@ def _check_controls(source: ModelSource, controls: tuple[ControlSpec, ...]) -> N
     with torch.device("meta"):
         model = model_class.from_config(source.config(component))
     try:
+        for path in head_sets:
+            read_head_set(path).check(model)
         diffctrl.apply(model, processors(controls)).remove()
     except (ValueError, TypeError) as error:
         raise BadRequestError(f"{source.name}: {error}") from None

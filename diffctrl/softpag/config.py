@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from diffctrl.softpag import library
 from diffctrl.softpag.heads import Head, parse_heads
 
 Kind = Literal[
@@ -54,8 +55,10 @@ class SoftPAGConfig:
 
     Args:
         heads: the heads, as in 'L3H1,L4' or an iterable; 'L3H1=0.7,L4' or a mapping gives some a strength of
-            their own. None takes every head of the layer at 3/8 of the depth (layer 9 of 24 in the paper's
-            sweeps over u), in a UNet of the middle block (as PAG does).
+            their own. The name of a shipped head set ('quality', 'style:soft') takes the set of the model at
+            hand. None takes the shipped set 'quality' where the model has one, else every head of the layer
+            at 3/8 of the depth (layer 9 of 24 in the paper's sweeps over u), in a UNet of the middle block, as
+            PAG does.
         u: perturbation strength in [0, 1]: A' = (1 - u) A + u T. 0 is the stock model, 1 the target itself.
         w: guidance scale >= 0 in e + s (c - e) + w (c - p); 0 turns the guidance off.
         kind: the target map T. "identity" (SoftPAG; PAG at u = 1), "uniform" over valid keys, "mean_query"
@@ -108,7 +111,11 @@ class SoftPAGConfig:
             heads: Any = self.heads
             if isinstance(heads, Mapping):
                 heads = tuple(heads.items())
-            object.__setattr__(self, "heads", parse_heads(heads))
+            if isinstance(heads, str) and library.is_name(heads):
+                library.check_name(heads.strip())
+                object.__setattr__(self, "heads", heads.strip())
+            else:
+                object.__setattr__(self, "heads", parse_heads(heads))
             if not self.heads:
                 raise ValueError("heads is empty; name at least one head, e.g. 'L3H1', or leave it out")
         if not 0.0 <= self.u <= 1.0:
@@ -148,7 +155,9 @@ class SoftPAGConfig:
             given = f"scope={self.scope!r}" if block else f"path={self.path!r}"
             raise ValueError(f"{given} is defined for kind='identity' alone, not for kind={self.kind!r}")
         if self.kind in LAYER_KINDS:
-            named = [head for head in self.heads or () if isinstance(head, Head) and head.head is not None]
+            if isinstance(self.heads, str):
+                raise ValueError(f"kind={self.kind!r} acts on whole layers, and {self.heads!r} names heads")
+            named = [head for head in self.heads or () if head.head is not None]
             if named:
                 raise ValueError(
                     f"kind={self.kind!r} acts on whole layers; write L{named[0].layer} instead of {named[0]}"
@@ -170,8 +179,8 @@ class SoftPAGConfig:
     @property
     def rests(self) -> bool:
         """Whether these settings change nothing."""
-        heads = self.heads or ()
-        own = [head.u for head in heads if isinstance(head, Head)]
+        heads = self.heads if isinstance(self.heads, tuple) else ()  # a shipped set has the common strength
+        own = [head.u for head in heads]
         strongest = max((self.u if u is None else u for u in own), default=self.u)
         return strongest == 0 or self.w == 0
 

@@ -135,3 +135,29 @@ def test_changed_surroundings_are_told(generate, run, tmp_path):
     assert done.exit_code == 0
     assert "torch was 1.0" in done.stderr
     assert "were 000000000000" in done.stderr
+
+
+def test_heads_come_from_a_file_of_a_search(run, tiny_model, tmp_path):
+    from diffctrl.drawing.plan import Request, make
+    from diffctrl.softpag import Head
+    from diffctrl.softpag.headset import Chosen, HeadSet, Signature
+
+    path = tmp_path / "heads.json"
+    HeadSet(chosen=(Chosen(Head(1, 0)), Chosen(Head(0, 1), u=0.3))).save(path)
+    asked = Request(
+        prompt="a red star", model=str(tiny_model), methods=("softpag",), settings=(("heads", str(path)),)
+    )
+    (control,) = make(asked).controls
+    assert control.settings["heads"] == "L1H0,L0H1=0.3"  # recipes name heads, not files
+    other = Signature(model_class="SD3Transformer2DModel", stacks=(("transformer_blocks", 24, (24,) * 24),))
+    HeadSet(chosen=(Chosen(Head(1, 0)),), signature=other).save(path)
+    done = run(
+        "generate", "a red star", "--model", tiny_model, "--method", "softpag", "--set", f"heads={path}"
+    )
+    assert done.exit_code == 2
+    assert "was found on SD3Transformer2DModel(transformer_blocks 24 x 24)" in done.stderr
+    done = run(
+        "generate", "a red star", "--model", tiny_model, "--method", "softpag", "--set", "heads=nowhere.json"
+    )
+    assert done.exit_code == 2
+    assert "heads=nowhere.json cannot be read (No such file" in done.stderr
