@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -109,7 +110,7 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
@@ -154,7 +155,7 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
             longest=checkpoint.settings.get("longest"),
         )
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
         """Write model, tokenizer and diffctrl.json into one folder, which `from_pretrained` reads."""
         folder = Path(save_directory)
         self.model.save_pretrained(folder, **options)
@@ -293,7 +294,7 @@ def is_embedded(name: str) -> bool:
     return name in registry.EMBEDDED
 
 
-def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
     """An embedded model by its name, else a folder or a hub repository.
 
     Raises:
@@ -301,12 +302,13 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None) -> Checkpo
     """
     from diffctrl.zoo import registry
 
-    if not is_embedded(str(name)):
+    name = os.fspath(name)
+    if not is_embedded(name):
         return Checkpoint.open(name, revision=revision)
-    model = registry.EMBEDDED[str(name)]
+    model = registry.EMBEDDED[name]
     if model.kind != "text":
         raise BadRequestError(f"{name} is a model of kind {model.kind!r}, not of text")
     try:
-        return replace(Checkpoint.open(registry.path(str(name))), name=str(name))
+        return replace(Checkpoint.open(registry.path(name)), name=name)
     except FileNotFoundError as error:
         raise BadRequestError(str(error)) from None
