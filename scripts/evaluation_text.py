@@ -168,7 +168,9 @@ def read(
         variant: how to attend; applied here and taken off again.
         batch_tokens: tokens of a batch, prompts and answers together.
     """
-    applied = nullcontext(None) if variant.processor is None else diffctrl.apply(model, variant.processor)
+    applied: Any = (
+        nullcontext(None) if variant.processor is None else diffctrl.apply(model, variant.processor)
+    )
     right: list[bool] = []
     texts: list[str] = []
     measured: list[dict[str, Any]] = []

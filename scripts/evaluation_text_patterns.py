@@ -1,5 +1,6 @@
 """Fixed patterns to compare SparseD with, and how much patterns have in common."""
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,7 +38,11 @@ def fixed_blocks(shape: Shape, row: RowBlocks, config: SparseDConfig) -> Tensor:
 class FixedPatternController(SparseDController):
     """SparseD's steps, rows and kernels with a pattern that does not look at the attention."""
 
-    shape_of_pattern: Shape = "window"
+    def __init__(
+        self, fixed: Shape, config: SparseDConfig, shape: ModelShape, device: Callable[[], torch.device]
+    ) -> None:
+        super().__init__(config, shape, device)
+        self.fixed: Shape = fixed
 
     def pattern(
         self, query: Tensor, key: Tensor, layout: Layout, scale: float, lse: Tensor | None
@@ -47,7 +52,7 @@ class FixedPatternController(SparseDController):
         scores = chunked_scores(query, key, valid, valid, scale, layout.block, lse)
         kept, mass = [], []
         for own, row in zip(scores, layout.rows(), strict=True):
-            blocks = fixed_blocks(self.shape_of_pattern, row, self.config)
+            blocks = fixed_blocks(self.fixed, row, self.config)
             width = int(blocks.sum(dim=1)[0])
             indices = blocks.nonzero()[:, 1].view(row.count, width).to(torch.int32).expand(heads, -1, -1)
             counts = torch.full((heads, row.count), width, dtype=torch.int32)
@@ -55,7 +60,7 @@ class FixedPatternController(SparseDController):
             mass.append(retained_mass(own, found))
             kept.append(found)
         counts, indices = stacked(kept, layout.blocks)
-        return Pattern(block_lists(counts, indices, layout), torch.stack(mass).cpu(), self.shape_of_pattern)
+        return Pattern(block_lists(counts, indices, layout), torch.stack(mass).cpu(), self.fixed)
 
 
 class FixedPatternAttnProcessor(SparseDAttnProcessor):
@@ -74,9 +79,7 @@ class FixedPatternAttnProcessor(SparseDAttnProcessor):
         sizes = ModelShape(
             len(model.sites), model.heads, model.kv_heads, model.head_dim, model.linear_weights
         )
-        controller = FixedPatternController(self.config, sizes, lambda: model.device)
-        controller.shape_of_pattern = self.shape
-        return controller
+        return FixedPatternController(self.shape, self.config, sizes, lambda: model.device)
 
     def describe(self) -> str:
         return f"{self.shape}({super().describe()})"

@@ -18,12 +18,22 @@ class StepRunner:
         it.
         device: where it runs.
         graph: capture the step; without, or on a CPU, it is called each time.
+        stream: where to warm up and capture. Runners whose steps train the same parameters share one, because
+            gradient nodes remember the stream on which they were made.
     """
 
     WARM_UP = 3
 
-    def __init__(self, step: Callable[[], None], device: torch.device, *, graph: bool) -> None:
+    def __init__(
+        self,
+        step: Callable[[], None],
+        device: torch.device,
+        *,
+        graph: bool,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         self._step = step
+        self._stream = stream
         self._device = device
         self._capture = graph and device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -34,8 +44,8 @@ class StepRunner:
             for _ in range(self.WARM_UP):
                 self._step()
             return
-        # The same side stream for both: gradient nodes remember the stream on which they were made.
-        stream = torch.cuda.Stream()
+        # The same side stream for both.
+        stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UP):

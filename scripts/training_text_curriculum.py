@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from .training_text_data import EVERY_TASK
 
 # Share of right guesses at masked values of lookups from which on the next length is worth its time.
-_LEARNT = 0.97
+_LEARNT = 0.95
 _FEWEST_LOOKS = 6
 _FIRST_FORCED, _LAST_FORCED = 0.45, 0.75
 _SMOOTHING = 0.3

@@ -123,8 +123,9 @@ class TextForward:
         """Attention within rows, no mask: three times (T, H, D) -> (T, H D)."""
         if self._group > 1:
             key, value = (x.repeat_interleave(self._group, dim=1) for x in (key, value))
-        apart = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(*apart).transpose(1, 2).flatten(2).flatten(0, 1)
+        query, key, value = (x.unflatten(0, (rows, -1)).transpose(1, 2) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _normed(norm: nn.Module, hidden: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class TextOptions:
 
     state: Path
     pack: Path | None = None
-    minutes: float = 6.5
+    minutes: float = 6.0
     slice_seconds: float = 570.0
     batch_tokens: int = 32_768
     longest: int = LENGTHS[-1]
@@ -105,7 +105,8 @@ class TextTraining:
     def __init__(self, options: TextOptions, device: torch.device) -> None:
         self.options, self.device = options, device
         torch.manual_seed(options.seed)
-        self.model = text_model(SMOKE_SIZE if options.smoke else TextSize()).to(device).train()
+        self.model: Any = text_model(SMOKE_SIZE if options.smoke else TextSize())
+        self.model.to(device).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         trained = dict(self.model.named_parameters())
         self.optimizer = Optimizer(trained, kind=options.optimizer, weight_decay=options.weight_decay)
@@ -115,6 +116,8 @@ class TextTraining:
         lengths = _SMOKE_LENGTHS if options.smoke else LENGTHS
         self.curriculum = Curriculum(tuple(length for length in lengths if length <= options.longest))
         self.lengths: dict[int, tuple[ExerciseBatches, StepRunner]] = {}
+        self._stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self._probes: dict[int, Probe] = {}
         self.done = 0
         self.tokens = 0
         self.elapsed_seconds = 0.0
@@ -165,7 +168,9 @@ class TextTraining:
         """The supply of rows of a length, and its step, compiled at the first length and captured at each."""
         rows = max(1, self.options.batch_tokens // length)
         batches = ExerciseBatches(tokens=length, rows=rows, batches=self.options.chunk, device=self.device)
-        runner = StepRunner(lambda: self.step(batches), self.device, graph=self.options.graph)
+        runner = StepRunner(
+            lambda: self.step(batches), self.device, graph=self.options.graph, stream=self._stream
+        )
         runner.prepare()
         self.done += runner.WARM_UP
         self.lengths[length] = (batches, runner)
@@ -217,16 +222,16 @@ class TextTraining:
         if not self.options.probe_rows:
             return
         for length in self.curriculum.lengths[: self.curriculum.unlocked]:
-            probe = Probe.of(
-                length,
-                min(self.options.probe_rows, max(8, 2 * self.options.batch_tokens // length)),
-                self.device,
-                every_task=length <= EVERY_TASK,
-                steps=8 if self.options.smoke else 24,
-            )
-            shares = probe.shares(self.averaged)
+            if length not in self._probes:
+                self._probes[length] = self._probe_of(length)
+            shares = self._probes[length].shares(self.averaged)
             found = "  ".join(f"{name} {100 * share:.0f}%" for name, share in shares.items())
             say(f"exact at {length} tokens, step {self.done}: {found}", since=since)
+
+    def _probe_of(self, length: int) -> Probe:
+        rows = min(self.options.probe_rows, max(8, 2 * self.options.batch_tokens // length))
+        steps = 8 if self.options.smoke else 24
+        return Probe.of(length, rows, self.device, every_task=length <= EVERY_TASK, steps=steps)
 
     def _state_tensors(self) -> dict[str, Tensor]:
         """Everything a later slice needs, by name: the same objects, so a checkpoint is copied into them."""

@@ -89,7 +89,8 @@ def text_config(size: TextSize | None = None) -> "LlamaConfig":
     from transformers import LlamaConfig
 
     size = size or TextSize()
-    return LlamaConfig(
+    config: Any = LlamaConfig  # it takes is_causal, and its annotations do not say so
+    return config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=size.width,
         intermediate_size=size.mlp,
