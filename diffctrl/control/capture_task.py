@@ -93,6 +93,7 @@ class Task:
         text: Span | None,
     ) -> None:
         site = self._site
+        info = site.context.info
         mask = None if attn_mask is None else four_dims(attn_mask, query, key)
         lists = None if site.mask is None else origin_of(site.mask, (query.shape[1], key.shape[1]))
         whole = AttentionCall(
@@ -102,6 +103,7 @@ class Task:
             lse,
             mask if lists is None else None,  # the lists carry the valid lengths of the mask
             lists,
+            site.family.key_lengths(info, site) if mask is not None else None,
             getattr(site.module.processor, "_attention_backend", None),
         )
         if text is None and site.kind == "cross":
@@ -128,6 +130,11 @@ class Task:
             raise RuntimeError(
                 f"route='lse' was asked for, but the kernel of {site.name} gives no log-sum-exp without a "
                 "change of the output; leave route=None, or take 'chunked'"
+            )
+        if route == "second_call" and call.lists is not None:
+            raise RuntimeError(
+                f"route='second_call' was asked for, but {site.name} runs block lists, whose kernel gives the "
+                "log-sum-exp itself; leave route=None"
             )
         route = route or choose_route(call, rows.count, columns.count)
         site.context.stats.record_capture(route)

@@ -14,7 +14,7 @@ import torch
 from diffctrl.attention import BlockLists
 from diffctrl.control.context import Context
 from diffctrl.control.control import Control, Published, check_composition, check_control
-from diffctrl.families import Family, ForwardInfo, Site
+from diffctrl.families import Family, Site
 
 
 class Publisher:
@@ -73,7 +73,7 @@ class Publisher:
         info = context.info
         if not parts or info is None:
             return None
-        lengths = self._valid_lengths(info, site)
+        lengths = self._family.key_lengths(info, site)
         key = (*parts, lengths)
         lists = self._masks.get(key)
         if lists is None:
@@ -83,11 +83,3 @@ class Publisher:
         self._masks[key] = lists
         self._masks.move_to_end(key)
         return lists.on(info.device)
-
-    def _valid_lengths(self, info: ForwardInfo, site: Site) -> tuple[int, ...] | None:
-        if site.kind != "joint" or self._family.text_side != "last" or info.text_valid is None:
-            return None
-        if info.grid is None:
-            return None
-        frames, rows, columns = info.grid
-        return tuple(frames * rows * columns + valid for valid in info.text_valid)

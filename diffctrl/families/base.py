@@ -6,6 +6,7 @@ A family knows one model architecture and no method. Axis letters: B batch, S to
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -314,6 +315,15 @@ class Family(ABC):
         for _ in range(site.level):
             rows, columns = -(-rows // 2), -(-columns // 2)
         return frames, rows, columns
+
+    def key_lengths(self, info: ForwardInfo, site: Site) -> tuple[int, ...] | None:
+        """How many keys each batch row of a joint site attends, from the first on, where that is known.
+
+        Joint sequences end with the text, whose padding comes last.
+        """
+        if site.kind != "joint" or self.text_side != "last" or info.text_valid is None or info.grid is None:
+            return None
+        return tuple(math.prod(info.grid) + valid for valid in info.text_valid)
 
     def flat_layer(self, sites: list[Site], site: Site) -> int:
         """Layer index over all counted stacks (FLUX: double blocks first, then single blocks)."""

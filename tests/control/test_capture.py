@@ -41,7 +41,7 @@ torch.set_num_threads(1)
 FAMILIES = ("flux", "sd3", "mochi", "wan", "cogvideox", "hunyuan_video", "ltx", "sdxl")
 # Where the text tokens lie among the keys, as the papers and the models' code have it; not as a family says.
 TEXT_FIRST = ("flux", "cogvideox")
-ROUTES = (None, "chunked", "one_hot")
+ROUTES = (None, "second_call", "chunked", "one_hot")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
-"""Softmax weights of some queries and keys, a tile at a time, by three exact routes: never S x S.
+"""Softmax weights of some queries and keys, a tile at a time, by exact routes: never S x S.
 
-lse: the kernel that ran the call gave the log-sum-exp of each query over all its keys; a small product of the
-wanted queries and keys does the rest. chunked: that log-sum-exp is computed anew from all keys, tile by tile.
+lse: the kernel that ran the call gave the log-sum-exp of each query over all its keys; a small product of
+the wanted queries and keys does the rest.
+second_call: a kernel that gives the log-sum-exp is called once more for it.
+chunked: it is computed anew from all keys, tile by tile. Works everywhere.
 one_hot: the attention once more over values that are one at a wanted key and zero elsewhere; its output is
 the weights, in the operands' dtype.
 
@@ -16,18 +18,19 @@ from typing import Any, Literal
 
 import torch
 
-from ..api import attend
+from ..api import attend, gives_lse
 from ..lists import BlockLists
 from ..pairs import attended_pairs, part_of
 from ..scores import scores, tiled_logsumexp, wide_dtype
 from .tokens import Tokens
 
-Route = Literal["lse", "chunked", "one_hot"]
-ROUTES: tuple[Route, ...] = ("lse", "chunked", "one_hot")
+Route = Literal["lse", "second_call", "chunked", "one_hot"]
+ROUTES: tuple[Route, ...] = ("lse", "second_call", "chunked", "one_hot")
 
-# Cost of a multiply-add in a tile of scores, which goes through memory for its exponential, over that in a
-# fused kernel.
-_TILE_COST = 2.0
+# A multiply-add in a tile of scores, which go through memory for their exponentials, costs as much as these in
+# a fused kernel. On a CPU chunked was measured to take 1.0 to 1.5 times a fused call, whose two products are 2;
+# on a GPU 36 bytes for each score at 3 TB/s are 28 multiply-adds of 128 channels at 600 TFLOP/s (estimate).
+_TILE_COST = {"cpu": 2.6, "cuda": 28.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class AttentionCall:
         lse: (B, H, Sq) as the kernel gave it, or None.
         attn_mask: bool or additive, (B or 1, H or 1, Sq or 1, Sk), or None.
         lists: the block lists, or None.
+        key_lengths: number of keys, from the first on, that attn_mask attends in each batch row, where it
+            says just that; None where it says something else or that is not known.
         backend: attention backend, for one call more.
     """
 
@@ -50,6 +55,7 @@ class AttentionCall:
     lse: torch.Tensor | None = None
     attn_mask: torch.Tensor | None = None
     lists: BlockLists | None = None
+    key_lengths: tuple[int, ...] | None = None
     backend: Any = None
 
     def of(self, batch: range, heads: tuple[int, ...] | None) -> AttentionCall:
@@ -59,12 +65,14 @@ class AttentionCall:
         lse = None if lse is None else lse[rows]
         mask = mask if mask is None or mask.shape[0] == 1 else mask[rows]
         lists = None if self.lists is None else part_of(self.lists, batch, heads)
+        lengths = None if self.key_lengths is None else self.key_lengths[rows]
         if heads is not None:
             groups = query.shape[2] // key.shape[2]
             query, key = query[:, :, list(heads)], key[:, :, [head // groups for head in heads]]
             lse = None if lse is None else lse[:, list(heads)]
             mask = mask if mask is None or mask.shape[1] == 1 else mask[:, list(heads)]
-        return replace(self, query=query, key=key, lse=lse, attn_mask=mask, lists=lists)
+        fields = {"lse": lse, "attn_mask": mask, "lists": lists, "key_lengths": lengths}
+        return replace(self, query=query, key=key, **fields)
 
     def bias(self, rows: Tokens) -> torch.Tensor | None:
         """attn_mask of some queries."""
@@ -100,15 +108,27 @@ def choose_route(call: AttentionCall, rows: int, columns: int) -> Route:
     """The cheapest exact route for weights of `rows` queries and `columns` keys."""
     if call.lse is not None:
         return "lse"
-    if call.query.dtype not in (torch.float32, torch.float64):
-        return "chunked"  # the output of one_hot is rounded to 16 bits
     length, dim = call.key.shape[1], call.query.shape[3]
-    # Multiply-adds for each query and head.
-    chunked = _TILE_COST * length * dim + columns * dim
-    one_hot = 2 * length * dim * -(-columns // dim)
-    if call.lists is not None:  # one_hot runs every query, but only the blocks that are attended
-        one_hot *= call.lists.density() * call.query.shape[1] / rows
-    return "one_hot" if one_hot < chunked else "chunked"
+    # Multiply-adds for each query and head, in a fused kernel.
+    costs: dict[Route, float] = {
+        "chunked": _TILE_COST.get(call.query.device.type, _TILE_COST["cuda"]) * length * dim + columns * dim
+    }
+    if call.query.dtype in (torch.float32, torch.float64):  # it would round weights to 16 bits
+        costs["one_hot"] = 2 * length * dim * -(-columns // dim)
+    if call.lists is not None:  # every query is run, over the keys that it attends
+        whole = call.lists.density() * call.query.shape[1] / rows
+        costs = {route: cost * (1 if route == "chunked" else whole) for route, cost in costs.items()}
+    elif _can_call_again(call):
+        costs["second_call"] = 2 * length * dim + columns * dim
+    return min(costs, key=lambda route: costs[route])
+
+
+def _can_call_again(call: AttentionCall) -> bool:
+    """Whether a kernel gives the log-sum-exp of the call, without lists, at the cost of one call."""
+    query, key, mask = call.query, call.key, call.attn_mask
+    if mask is not None and call.key_lengths is not None:
+        mask = None
+    return call.lists is None and gives_lse(query, key, key, attn_mask=mask)
 
 
 def working_bytes(route: Route | None, call: AttentionCall, tile_bytes: int) -> int:
@@ -128,14 +148,16 @@ def weights(
         call: what the kernel was given.
         rows: of the queries.
         columns: of the keys.
-        route: "lse" needs `call.lse`.
+        route: "lse" needs `call.lse`, "second_call" a call without lists.
         tile_bytes: of scores at a time.
     """
     if route == "one_hot":
         yield from _one_hot(call, rows, columns)
         return
-    lse = call.lse if route == "lse" else None
-    lse = _recomputed(call, rows, tile_bytes) if lse is None else rows.of(lse, 2)
+    if route == "lse" and call.lse is not None:
+        lse = rows.of(call.lse, 2)
+    else:
+        lse = _called_again(call, rows) if route == "second_call" else _recomputed(call, rows, tile_bytes)
     key = columns.of(call.key, 1)
     batch, _, heads, _ = call.query.shape
     step = max(tile_bytes // (4 * batch * heads * columns.count), 1)
@@ -147,6 +169,20 @@ def weights(
         if call.masked:  # a query without keys has lse -inf and no weights
             tile = tile.masked_fill_(norm == float("-inf"), 0.0)
         yield Part(start, 0, tile)
+
+
+def _called_again(call: AttentionCall, rows: Tokens) -> torch.Tensor:
+    """(B, H, R): log-sum-exp of some queries over all their keys, by one call, or one for each length."""
+    query, settings = rows.of(call.query, 1), {"scale": call.scale, "return_lse": True}
+    if call.key_lengths is None or call.attn_mask is None:
+        result: Any = attend(query, call.key, call.key, attn_mask=call.bias(rows), **settings)
+        return result[1]
+    made = []
+    for row, length in enumerate(call.key_lengths):
+        key = call.key[row : row + 1, :length]
+        part: Any = attend(query[row : row + 1], key, key, **settings)
+        made.append(part[1])
+    return torch.cat(made)
 
 
 def _recomputed(call: AttentionCall, rows: Tokens, tile_bytes: int) -> torch.Tensor:
