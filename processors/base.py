@@ -97,6 +97,11 @@ class ControlAttnProcessor(Control, AttnProcessor):
             if not torch.compiler.is_compiling():  # the engine does not count inside compiled code either
                 stats.record("stock")
             return site.route.dense(attn, call, self._attention_backend), None
+        if site.mask is not None and call.attention_mask is not None and site.context.info.text_valid is None:
+            raise ValueError(
+                f"{site.name} got an attention mask of its caller, which cannot be joined with the block "
+                "lists of a control; leave the mask out, or take the control off"
+            )
         settings = {
             "mask": site.mask,
             # Block lists carry the valid lengths of the mask themselves: see `diffctrl.control.publish`.
