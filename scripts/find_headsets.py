@@ -1,0 +1,203 @@
+"""Find the head sets that the package ships: HeadHunter on an embedded model, for quality and for each style.
+
+    python -m diffctrl.scripts.find_headsets --out diffctrl/softpag/headsets
+
+Writes OUT/<model>/<name>.json, where `heads="quality"` and `heads="style:soft"` find them, and a table of
+what each search cost. u and w are the defaults of SoftPAG, so that a set is used as it was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffctrl.drawing.hunt import PipelineFactory, sampling_of
+from diffctrl.drawing.hunt_plan import built_in_prompts
+from diffctrl.drawing.source import ModelSource
+from diffctrl.scripts.bench.harness import print_table
+from diffctrl.softpag import SoftPAGConfig
+from diffctrl.softpag.headhunt import (
+    Evaluator,
+    HuntConfig,
+    InProcess,
+    JobLog,
+    Pair,
+    Search,
+    Setting,
+    Universe,
+    cost,
+    parse_goal,
+)
+from diffctrl.softpag.headset import HeadSet
+from diffctrl.zoo import registry
+from diffctrl.zoo.worlds import vocabulary
+
+QUALITY = "quality"
+NAMES = (QUALITY, *(f"style:{style}" for style in vocabulary.STYLES))
+_STYLE_SEED = 10_000  # a style search has prompts and noise of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A finished search and what it took.
+
+    Attributes:
+        block_rows: rows that went through blocks; naive_block_rows: those of a loop over single pictures.
+    """
+
+    headset: HeadSet
+    pictures: int
+    block_rows: int
+    naive_block_rows: int
+    seconds: float
+
+
+def search(
+    pipe: Any,
+    name: str,
+    model: str,
+    call: dict[str, Any],
+    pairs: list[Pair],
+    config: HuntConfig,
+    *,
+    scorers: int = 0,
+    log: Path | None = None,
+) -> Found:
+    """One search on a loaded pipeline."""
+    began, universe = time.monotonic(), Universe.of(pipe)
+    goal = parse_goal(["judge" if name == QUALITY else name])
+    call = {key: value for key, value in call.items() if key != "guidance_scale"}
+    dtype = str(pipe.transformer.dtype).removeprefix("torch.")
+    setting = Setting(
+        model={"id": model, "revision": ModelSource.find(model).weights().sha256},
+        sampling=sampling_of(pipe.scheduler, call, dtype),
+    )
+    counts = []
+
+    def factory(index: int) -> Evaluator:
+        evaluator = PipelineFactory(pipe, goal, config, call, universe, scorers=scorers)(index)
+        counts.append(evaluator.sampler.candidates)  # type: ignore[attr-defined]
+        return evaluator
+
+    with InProcess(factory) as engine, JobLog(log) as jobs:
+        running = Search(universe, pairs, config, setting, goal, engine, jobs)
+        headset = running.run()
+    steps = call["num_inference_steps"]
+    full = cost(universe, pairs, config, steps)
+    rounds = len(headset.rounds)
+    blocks = sum(layers for stack, layers, _ in universe.signature.stacks if stack != "attn2")
+    return Found(
+        headset=headset,
+        pictures=running.computed,
+        block_rows=sum(each.block_rows for each in counts),
+        naive_block_rows=full.naive_forwards * blocks if rounds == config.rounds else 0,
+        seconds=time.monotonic() - began,
+    )
+
+
+def pairs_of(name: str, count: int) -> list[Pair]:
+    """Prompts of the search; those of a style name none."""
+    quality = name == QUALITY
+    first = 0 if quality else _STYLE_SEED
+    texts = built_in_prompts(count, name_style=quality)
+    return [Pair(text, first + index) for index, text in enumerate(texts)]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Found]:
+    """Entry point; `arguments` as on the command line."""
+    options = _parser().parse_args(arguments)
+    if options.quick:
+        options.pairs, options.style_pairs, options.rounds, options.steps = 2, 2, 1, 1
+    wanted = options.names.split(",") if options.names else list(NAMES)
+    if unknown := [name for name in wanted if name not in NAMES]:
+        raise SystemExit(f"--names {unknown[0]} is none of {', '.join(NAMES)}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = registry.load(options.model, dtype=getattr(torch, options.dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    call = registry.recommended(options.model)
+    if options.steps:
+        call["num_inference_steps"] = options.steps
+    scorers = options.scorers
+    if scorers is None:
+        scorers = 0 if device == "cpu" else max(1, min(16, (os.cpu_count() or 1) - 1))
+    found: dict[str, Found] = {}
+    for name in wanted:
+        pairs = pairs_of(name, options.pairs if name == QUALITY else options.style_pairs)
+        config = HuntConfig(
+            rounds=options.rounds,
+            top=options.top,
+            u=options.u,
+            w=options.w,
+            mode="prefix",
+            batch=options.batch,
+            stop_early=True,
+            prune=options.prune,
+        )
+        planned = cost(Universe.of(pipe), pairs, config, call["num_inference_steps"])
+        print(
+            f"{name}: {len(pairs)} pairs, at most {planned.images:,} pictures in {planned.batches:,} "
+            f"batches, {planned.forwards:,} rows through the denoiser, {scorers} scoring processes",
+            flush=True,
+        )
+        found[name] = search(pipe, name, options.model, call, pairs, config, scorers=scorers)
+        _save(found[name], options.out, options.model, name)
+        print(f"  {found[name].headset} in {found[name].seconds:.1f} s", flush=True)
+    print_table(
+        ["set", "heads", "no guidance", "found", "pictures", "s"], [_row(n, f) for n, f in found.items()]
+    )
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    defaults = SoftPAGConfig()
+    parser.add_argument("--model", default="shapes-sd3", help="name of an embedded image model")
+    parser.add_argument("--names", help=f"comma-separated, of {', '.join(NAMES)}; default all")
+    parser.add_argument("--pairs", type=int, default=64, help="prompts of the search for quality")
+    parser.add_argument("--style-pairs", type=int, default=64, help="prompts of each search for a style")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--top", type=int, default=2, help="heads chosen in each round")
+    parser.add_argument("--u", type=float, default=defaults.u)
+    parser.add_argument("--w", type=float, default=defaults.w)
+    parser.add_argument("--steps", type=int, help="denoising steps; default as recommended")
+    parser.add_argument("--batch", type=int, default=256, help="pictures at a time")
+    parser.add_argument(
+        "--prune", action="store_true", help="leave out who cannot win: fewer pictures in smaller batches"
+    )
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--scorers", type=int, help="judging processes; default: beside a GPU one per core")
+    parser.add_argument("--quick", action="store_true", help="two prompts, one round, one step: does it run?")
+    parser.add_argument("--out", type=Path, required=True, help="folder of head sets")
+    return parser
+
+
+def _save(found: Found, out: Path, model: str, name: str) -> None:
+    folder = out / model
+    folder.mkdir(parents=True, exist_ok=True)
+    found.headset.save(folder / f"{name.replace(':', '-')}.json")
+
+
+def _row(name: str, found: Found) -> list[str]:
+    first, last = found.headset.rounds[0], found.headset.rounds[-1]
+    reached = last.get("set", last["current"])["mean"]
+    return [
+        name,
+        str(found.headset),
+        f"{first['current']['mean']:.3f}",
+        f"{reached:.3f}",
+        f"{found.pictures:,}",
+        f"{found.seconds:.1f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
