@@ -78,7 +78,7 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
             `max_position_embeddings` where nothing is said.
 
     Raises:
-        ValueError: the model is causal, or no mask token is known.
+        ValueError: the model is causal, or no mask token of its vocabulary is known.
     """
 
     sampler_class: ClassVar[type]
@@ -101,6 +101,11 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
         if state_of(model) is None:
             check_bidirectional(model)
         self.special = special or SpecialTokens.find(tokenizer, model.config)
+        if self.special.mask >= model.config.vocab_size:
+            raise ValueError(
+                f"the mask token {self.special.mask} is outside of the model's vocabulary of "
+                f"{model.config.vocab_size}; pass special=SpecialTokens(mask=..., pad=...)"
+            )
         self.recommended = dict(sampling or {})
         self.resolve(self.recommended, {})  # say now what of it is wrong
         self.sparsed = sparsed
@@ -183,7 +188,6 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
             options["block_length"] = min(options["block_length"], options["gen_length"])
         return settings.parse(cls.sampling_class, options, of=cls.kind)
 
-    @torch.no_grad()
     def _generate(
         self,
         prompt: Prompt | None,
@@ -207,8 +211,9 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
             stop = (stop,)
         if prompt is not None:
             input_ids = encode(self.tokenizer, as_batch(prompt), chat=chat)
-        prompts = Prompts.of(input_ids, self.special.pad).to(self._execution_device)  # type: ignore[arg-type]
-        self._check_length(prompts, sampling)
+        prompts = Prompts.of(input_ids, self.special.pad)  # type: ignore[arg-type]
+        self._check(prompts, sampling)
+        prompts = prompts.to(self._execution_device)
         self._interrupt = False
 
         def on_step(event: StepEvent) -> bool:
@@ -231,6 +236,8 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
             except GenerationInterrupted as interrupted:
                 interrupted.output = self._output(interrupted.partial, stop, state)
                 raise
+            finally:
+                self.maybe_free_model_hooks()
             return self._output(found, stop, state)
 
     def _output(self, found: Generation, stop: Sequence[str], state: Any) -> TextOutput:
@@ -279,7 +286,12 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
     def _controlled_from_outside(self) -> bool:
         return self.control is None and state_of(self.model) is not None
 
-    def _check_length(self, prompts: Prompts, sampling: Any) -> None:
+    def _check(self, prompts: Prompts, sampling: Any) -> None:
+        vocabulary = self.model.config.vocab_size
+        if prompts.ids.numel() and not 0 <= int(prompts.ids.min()) <= int(prompts.ids.max()) < vocabulary:
+            raise ValueError(
+                f"the prompt has token ids outside of 0 to {vocabulary - 1}, the model's vocabulary"
+            )
         longest = prompts.ids.shape[1] + sampling.gen_length
         if longest > self.longest:
             logger.warning(

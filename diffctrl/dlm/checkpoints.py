@@ -185,11 +185,15 @@ class Checkpoint:
         return getattr(transformers, self.architecture.config_class).from_dict(dict(self.architecture.config))
 
     def tokenizer(self) -> Any:
-        """The folder's tokenizer.
+        """The folder's tokenizer, the same object each time.
 
         Raises:
             BadRequestError: it has none that transformers builds by itself.
         """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:
         import transformers
 
         if (self.folder / "tokenizer.json").is_file():

@@ -21,6 +21,7 @@ from diffctrl.dlm.sampler import (
     Sampler,
     StepControl,
     TokensHook,
+    beside,
     pieces,
 )
 from diffctrl.dlm.tokens import Prompts
@@ -116,7 +117,7 @@ class DreamSampler(Sampler):
         Raises:
             GenerationInterrupted: Ctrl-C; `partial` has what was decoded.
         """
-        prompts = prompts.to(getattr(model, "device", prompts.ids.device))
+        prompts = beside(prompts, model)
         generators = row_generators(seeds, len(prompts.ids))
         whole = logits_hook is not None or tokens_hook is not None
         # In float32, as the original: int() below then truncates at the same steps.

@@ -21,6 +21,7 @@ from diffctrl.dlm.sampler import (
     Sampler,
     StepControl,
     TokensHook,
+    beside,
     pieces,
 )
 from diffctrl.dlm.tokens import Prompts
@@ -145,7 +146,7 @@ class LLaDASampler(Sampler):
         Raises:
             GenerationInterrupted: Ctrl-C; `partial` has what was decoded.
         """
-        prompts = prompts.to(getattr(model, "device", prompts.ids.device))
+        prompts = beside(prompts, model)
         generators = row_generators(seeds, len(prompts.ids))
         whole = logits_hook is not None or tokens_hook is not None
 

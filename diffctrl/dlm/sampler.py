@@ -258,6 +258,11 @@ class Forward:
         return logits
 
 
+def beside(prompts: Prompts, model: Any) -> Prompts:
+    """Prompts on the model's device. Those on a GPU stay: the weights of an offloaded model lie elsewhere."""
+    return prompts.to(getattr(model, "device", "cpu")) if prompts.ids.device.type == "cpu" else prompts
+
+
 def pieces(masked: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(row, columns (n,)) of the masked positions, row by row, few at a time."""
     rows, columns = masked.nonzero(as_tuple=True)

@@ -202,6 +202,8 @@ def test_the_parts_of_a_pipeline(pipe):
     other = LLaDASparseDPipeline(**pipe.components)
     assert other.special == SpecialTokens(mask=0, pad=1, eos=1, eot=3)
     assert other.sparsed == SparseDConfig()
+    with pytest.raises(ValueError, match="outside of the model's vocabulary of 24"):
+        LLaDASparseDPipeline(**pipe.components, special=SpecialTokens(mask=24, pad=1))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +222,8 @@ def test_calls_take_every_option_of_the_sampling(pipeline, sampling):
         ({"prompt": "a", "seed": 1, "generator": torch.Generator()}, "either seed or generator"),
         ({"prompt": "a", "gen_length": 100, "block_length": 32}, "not a multiple"),
         ({"prompt": 5}, "a prompt is a text"),
+        ({"input_ids": [[4, 24]]}, "outside of 0 to 23"),
+        ({"input_ids": [[-1]]}, "outside of 0 to 23"),
     ],
 )
 def test_what_cannot_be_is_refused(pipe, call, says):
