@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from diffctrl.attention import Shard, attend, gives_lse
+from diffctrl.attention import Shard, attend, engine_chooses, gives_lse
 from diffctrl.control import Control
 from diffctrl.families import Call, Inputs, Site
 
@@ -93,7 +93,11 @@ class ControlAttnProcessor(Control, AttnProcessor):
         """The output, and the log-sum-exp where it is wanted and comes with the very same output."""
         stats = site.context.stats
         shard = None if self._parallel_config is None else _shard(site, call)
-        if site.mask is None and site.route.dense is not None and shard is None:
+        # Block lists carry the valid lengths of the mask themselves: see `diffctrl.control.publish`.
+        mask, attn_mask = site.mask, call.attention_mask
+        if mask is None and engine_chooses(call.query, None, self._attention_backend):
+            mask = site.valid_keys  # the stock mask says the same, and loses the fast kernels
+        if mask is None and site.route.dense is not None and shard is None:
             if not torch.compiler.is_compiling():  # the engine does not count inside compiled code either
                 stats.record("stock")
             return site.route.dense(attn, call, self._attention_backend), None
@@ -103,9 +107,8 @@ class ControlAttnProcessor(Control, AttnProcessor):
                 "lists of a control; leave the mask out, or take the control off"
             )
         settings = {
-            "mask": site.mask,
-            # Block lists carry the valid lengths of the mask themselves: see `diffctrl.control.publish`.
-            "attn_mask": call.attention_mask if site.mask is None else None,
+            "mask": mask,
+            "attn_mask": attn_mask if mask is None else None,
             "backend": self._attention_backend,
             "parallel_config": self._parallel_config if call.parallel else None,
         }

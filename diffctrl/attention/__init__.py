@@ -4,7 +4,7 @@ Importing this package imports torch and nothing else: diffusers, triton, flash_
 call wants them.
 """
 
-from .api import attend, gives_lse
+from .api import attend, engine_chooses, gives_lse
 from .chain import KernelReport, Selection, kernel_report, select_kernel
 from .lists import BlockLists, DeviceLists
 from .lse import logsumexp_of, merge
@@ -21,6 +21,7 @@ __all__ = [
     "Selection",
     "Shard",
     "attend",
+    "engine_chooses",
     "gives_lse",
     "kernel_report",
     "logsumexp_of",

@@ -110,7 +110,7 @@ def gives_lse(
     host = origin_of(mask, lengths) if isinstance(mask, DeviceLists) else mask
     if host is not None and host.is_full:
         host = None
-    if host is None and not _engine_chooses(query, attn_mask, backend):
+    if host is None and not engine_chooses(query, attn_mask, backend):
         return not compiling and fused_on_cpu(query, key, value, attn_mask, backend)
     if compiling:
         return True
@@ -197,7 +197,7 @@ def _dense(
 ) -> Any:
     resolved = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     compiling = torch.compiler.is_compiling()
-    if kernel is not None or (parallel_config is None and _engine_chooses(query, attn_mask, backend)):
+    if kernel is not None or (parallel_config is None and engine_chooses(query, attn_mask, backend)):
         query, key, value = _autocast(query, key, value)
         needs_grad = _needs_grad(query, key, value)
         if compiling:
@@ -221,7 +221,7 @@ def _dense(
     return stock_attention_with_lse(query, key, value, attn_mask, resolved, backend)
 
 
-def _engine_chooses(query: torch.Tensor, attn_mask: torch.Tensor | None, backend: str | None) -> bool:
+def engine_chooses(query: torch.Tensor, attn_mask: torch.Tensor | None, backend: str | None) -> bool:
     """True where nobody set a backend and the card has faster dense kernels than the stock choice."""
     if query.device.type != "cuda" or backend is not None or attn_mask is not None:
         return False

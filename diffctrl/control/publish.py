@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ from diffctrl.attention import BlockLists
 from diffctrl.control.context import Context
 from diffctrl.control.control import Control, Published, check_composition, check_control
 from diffctrl.families import Family, Site
+
+_BLOCK = 128  # of dense attention as lists: what kernels want
 
 
 class Publisher:
@@ -51,7 +54,7 @@ class Publisher:
         """Forget what was published; a handle that outlives its control holds no tensors."""
         for site in self._sites:
             site.published.clear()
-            site.mask = None
+            site.mask = site.valid_keys = None
         self._checked, self._prepared = [], {}
         self._masks.clear()
 
@@ -62,7 +65,8 @@ class Publisher:
             for method, value in prepared.items():
                 site.published[method] = None if value is None else value.sites.get(site.name)
             site.mask = self._mask(context, site, list(prepared.values()))
-        used = len({id(site.mask) for site in self._sites if site.mask is not None})
+            site.valid_keys = self._valid_keys(context, site)
+        used = len({id(lists) for site in self._sites for lists in (site.mask, site.valid_keys)})
         while len(self._masks) > 2 * used + 2:
             self._masks.popitem(last=False)
         context.masked_forwards += any(site.mask is not None for site in self._sites)
@@ -80,6 +84,30 @@ class Publisher:
             lists = reduce(and_, parts)
             if lengths is not None:
                 lists = replace(lists, n_valid=torch.tensor(lengths, dtype=torch.int32))
+        return self._kept(key, lists).on(info.device)
+
+    def _valid_keys(self, context: Context, site: Site) -> Any:
+        """All valid keys of each row as lists, for a GPU; on a CPU the stock mask is as good."""
+        info = context.info
+        if site.mask is not None or info is None or not reads_lists(info.device):
+            return None
+        lengths = self._family.key_lengths(info, site)
+        if lengths is None or info.grid is None or not getattr(site.module.processor, "controls", ()):
+            return None
+        total = math.prod(info.grid) + (info.text_length or 0)
+        key = (total, lengths)
+        lists = self._masks.get(key)
+        if lists is None:
+            n_valid = torch.tensor(lengths, dtype=torch.int32)
+            lists = BlockLists.full((_BLOCK, _BLOCK), (total, total), n_valid=n_valid)
+        return self._kept(key, lists).on(info.device)
+
+    def _kept(self, key: tuple, lists: BlockLists) -> BlockLists:
         self._masks[key] = lists
         self._masks.move_to_end(key)
-        return lists.on(info.device)
+        return lists
+
+
+def reads_lists(device: torch.device) -> bool:
+    """Whether kernels over block lists are faster there than dense ones with a mask."""
+    return device.type == "cuda"

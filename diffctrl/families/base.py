@@ -142,6 +142,8 @@ class Site:
         installed: the processor that `apply` put here, or None.
         published: what the controls prepared for this site and the running forward, by method.
         mask: the block lists that this site attends in the running forward, on the device; None for all.
+        valid_keys: where `mask` is None and the stock processor masks padded text, the same as block lists,
+            which the fast kernels of a GPU can read; else None.
     """
 
     name: str
@@ -158,6 +160,7 @@ class Site:
     installed: Any = None
     published: dict[str, Any] = field(default_factory=dict)
     mask: Any = None
+    valid_keys: Any = None
 
 
 @dataclass(frozen=True, slots=True)
