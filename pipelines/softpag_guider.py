@@ -46,7 +46,10 @@ class SoftPAGGuidance(BaseGuidance):
     ```
 
     Args:
-        guidance_scale: s, where 1 turns classifier-free guidance off.
+        guidance_scale: s, where 1 turns classifier-free guidance off; 7.5 by default.
+        base: a guider of diffusers that treats the conditional and unconditional predictions instead, such as
+            `AdaptiveProjectedGuidance` or `ClassifierFreeZeroStarGuidance`, with a scale of its own.
+            w (c - p) is added to what it gives.
         heads: which heads, as in 'L3H1,L4=0.7', or the name of a shipped set; None for the default of
             `SoftPAGConfig`.
         u, w, kind, scope, path, query_mean, sigma, temperature, difference, apg_parallel, apg_norm,
@@ -55,7 +58,8 @@ class SoftPAGGuidance(BaseGuidance):
         enabled: whether there is any guidance at all.
 
     Raises:
-        ValueError: an option is out of range, or options contradict each other.
+        ValueError: an option is out of range, options contradict each other, or the base perturbs by itself.
+        TypeError: the base is no guider of diffusers.
     """
 
     _input_predictions = [COND, UNCOND, PERTURBED]  # noqa: RUF012 - as the base class has it
@@ -63,7 +67,7 @@ class SoftPAGGuidance(BaseGuidance):
     @register_to_config
     def __init__(
         self,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         heads: Any = None,
         u: float = 0.5,
         w: float = 3.0,
@@ -81,6 +85,7 @@ class SoftPAGGuidance(BaseGuidance):
         start: float = 0.0,
         stop: float = 1.0,
         enabled: bool = True,
+        base: Any = None,
     ) -> None:
         super().__init__(start, stop, enabled)
         options: dict[str, Any] = {
@@ -102,7 +107,15 @@ class SoftPAGGuidance(BaseGuidance):
         named = self.settings.heads
         if named is not None:  # as text, which JSON keeps
             self.register_to_config(heads=named if isinstance(named, str) else ",".join(map(str, named)))
-        self.guidance_scale = guidance_scale
+        self._base = _base_guider(base)
+        if self._base is not None:
+            self.register_to_config(base=_as_json(self._base))
+            if guidance_scale is not None:
+                raise ValueError(
+                    f"guidance_scale={guidance_scale!r} and base={type(self._base).__name__} are both for "
+                    "classifier-free guidance; give the scale to the base"
+                )
+        self.guidance_scale = 7.5 if guidance_scale is None else guidance_scale
         self._current: str | None = None
         self._handle: ControlHandle | None = None
         self._denoiser: nn.Module | None = None
@@ -114,6 +127,8 @@ class SoftPAGGuidance(BaseGuidance):
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         super().set_state(step, num_inference_steps, timestep)
+        if self._base is not None:
+            self._base.set_state(step, num_inference_steps, timestep)
         self._take_off()  # an earlier run may have failed in the middle of a forward
         self._current = None
         if step <= self._remembered:
@@ -123,12 +138,14 @@ class SoftPAGGuidance(BaseGuidance):
         self._remembered = step
 
     def prepare_inputs(self, data: Any) -> list[Any]:
-        passes = [self._prepare_batch(data, int(name == UNCOND), name) for name in self._passes()]
+        passes = [] if self._base is None else list(self._base.prepare_inputs(data))
+        passes += [self._prepare_batch(data, int(name == UNCOND), name) for name in self._passes()]
         return _Batches(self, passes)
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Mapping[str, Any]) -> list[Any]:
         fields = dict(input_fields)
-        passes = [
+        passes = [] if self._base is None else list(self._base.prepare_inputs_from_block_state(data, fields))
+        passes += [
             self._prepare_batch_from_block_state(fields, data, int(name == UNCOND), name)
             for name in self._passes()
         ]
@@ -143,6 +160,8 @@ class SoftPAGGuidance(BaseGuidance):
                 "returned, and call `prepare_models` for each batch while it is the current one"
             )
         if self._current != PERTURBED:
+            if self._base is not None:
+                self._base.prepare_models(denoiser)
             return
         if self._handle is None or self._denoiser is not denoiser:
             processor = SoftPAGAttnProcessor(config=self.settings)
@@ -153,7 +172,19 @@ class SoftPAGGuidance(BaseGuidance):
         self._on = True
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
+        if self._base is not None and self._current != PERTURBED:
+            self._base.cleanup_models(denoiser)
         self._take_off()
+
+    def enable(self) -> None:
+        super().enable()
+        if self._base is not None:
+            self._base.enable()
+
+    def disable(self) -> None:
+        super().disable()
+        if self._base is not None:
+            self._base.disable()
 
     def _take_off(self) -> None:
         if self._on and self._handle is not None:
@@ -169,7 +200,10 @@ class SoftPAGGuidance(BaseGuidance):
         """The guided prediction, computed in float32 at least."""
         wide = torch.promote_types(pred_cond.dtype, torch.float32)
         cond = pred = pred_cond.to(wide)
-        if pred_uncond is not None:
+        if self._base is not None:
+            given = {COND: pred_cond} | ({} if pred_uncond is None else {UNCOND: pred_uncond})
+            pred = self._base.forward(**given).pred.to(wide)
+        elif pred_uncond is not None:
             uncond = pred_uncond.to(wide)
             pred = uncond + self.guidance_scale * (cond - uncond)
         if pred_cond_perturbed is not None:
@@ -181,8 +215,9 @@ class SoftPAGGuidance(BaseGuidance):
     # --- which passes ---------------------------------------------------------------------------------------
 
     def _passes(self) -> list[str]:
-        names = [COND]
-        if self._enabled and self.guidance_scale != 1.0:
+        """The passes that are not the base's."""
+        names = [COND] if self._base is None else []
+        if self._base is None and self._enabled and self.guidance_scale != 1.0:
             names.append(UNCOND)
         if self._enabled and not self.settings.rests and self._in_window():
             names.append(PERTURBED)
@@ -195,8 +230,32 @@ class SoftPAGGuidance(BaseGuidance):
 
     @property
     def num_conditions(self) -> int:
-        return len(self._passes())
+        return len(self._passes()) + (0 if self._base is None else self._base.num_conditions)
 
     @property
     def is_conditional(self) -> bool:
         return self._current != UNCOND
+
+
+def _base_guider(base: Any) -> BaseGuidance | None:
+    """The guider itself, or the one that a saved configuration describes."""
+    if isinstance(base, Mapping):
+        from diffusers import guiders
+
+        kind = getattr(guiders, str(base.get("class")), None)
+        if not (isinstance(kind, type) and issubclass(kind, BaseGuidance)):
+            raise ValueError(f"base names the guider {base.get('class')!r}, which diffusers does not have")
+        base = kind(**base["config"])
+    if base is not None and not isinstance(base, BaseGuidance):
+        raise TypeError(f"base is a {type(base).__name__}; it takes a guider of diffusers.guiders")
+    if base is not None and not set(base._input_predictions or ()) <= {COND, UNCOND}:
+        raise ValueError(
+            f"base={type(base).__name__} runs a perturbed pass of its own; take one that guides with the "
+            "conditional and unconditional predictions alone, such as AdaptiveProjectedGuidance"
+        )
+    return base
+
+
+def _as_json(base: BaseGuidance) -> dict[str, Any]:
+    config = {name: value for name, value in base.config.items() if not name.startswith("_")}
+    return {"class": type(base).__name__, "config": config}

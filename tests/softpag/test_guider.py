@@ -239,3 +239,58 @@ def test_momentum_lasts_for_one_run() -> None:
     assert torch.equal(steps[0], plain)
     assert not torch.equal(steps[1], plain)
     assert torch.equal(steps[2], plain)
+
+
+@pytest.mark.parametrize("name", ["ClassifierFreeGuidance", "AdaptiveProjectedGuidance"])
+def test_a_base_treats_the_other_predictions(name: str, tmp_path: Any) -> None:
+    """Its result plus w (c - p); with plain classifier-free guidance as the base, that of `guidance_scale`."""
+    from diffusers import guiders
+
+    model, (split, rest) = build("sd3"), sd3_inputs()
+    options: dict[str, Any] = {"guidance_scale": 4.0}
+    if name == "AdaptiveProjectedGuidance":
+        options |= {"eta": 0.0, "adaptive_projected_guidance_rescale": 1.0}
+    base = getattr(guiders, name)(**options)
+    guider = SoftPAGGuidance(base=base, heads="L1", w=2.0)
+    assert guider.num_conditions == 3
+    pred = stepped(guider, model, split, rest)
+    c, e = (run(model, {**{n: v[i] for n, v in split.items()}, **rest}) for i in (0, 1))
+    with diffctrl.apply(model, SoftPAGAttnProcessor("L1"), batch_layout="perturbed"):
+        p = run(model, {**{n: v[0] for n, v in split.items()}, **rest})
+    alone = stepped(getattr(guiders, name)(**options), model, split, rest)
+    torch.testing.assert_close(pred, alone + 2.0 * (c - p), rtol=1e-5, atol=1e-5)
+    if name == "ClassifierFreeGuidance":
+        same = stepped(SoftPAGGuidance(guidance_scale=4.0, heads="L1", w=2.0), model, split, rest)
+        torch.testing.assert_close(pred, same, rtol=1e-5, atol=1e-5)
+    else:
+        assert (alone - (e + 4.0 * (c - e))).abs().max() > 1e-3
+    assert not any(hasattr(module, "diffctrl_site") for module in model.modules())
+    guider.save_pretrained(tmp_path)
+    again = SoftPAGGuidance.from_pretrained(tmp_path)
+    torch.testing.assert_close(stepped(again, model, split, rest), pred)
+    guider.disable()
+    assert guider.num_conditions == 1
+
+
+def test_a_base_in_a_whole_modular_run() -> None:
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    options: dict[str, Any] = {"heads": "L1H0", "w": 2.5, "stop": 0.5}
+    based = modular(
+        SoftPAGGuidance(base=ClassifierFreeGuidance(guidance_scale=4.0), **options), build("sd3.5")
+    )
+    plain = modular(SoftPAGGuidance(guidance_scale=4.0, **options), build("sd3.5"))
+    torch.testing.assert_close(based, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_that_cannot_be_one_is_refused() -> None:
+    from diffusers.guiders import ClassifierFreeGuidance, PerturbedAttentionGuidance
+
+    with pytest.raises(ValueError, match="PerturbedAttentionGuidance runs a perturbed pass of its own"):
+        SoftPAGGuidance(base=PerturbedAttentionGuidance(perturbed_guidance_layers=1))
+    with pytest.raises(TypeError, match="base is a float; it takes a guider"):
+        SoftPAGGuidance(base=4.0)
+    with pytest.raises(ValueError, match="the guider 'os', which"):
+        SoftPAGGuidance(base={"class": "os", "config": {}})
+    with pytest.raises(ValueError, match="give the scale to the base"):
+        SoftPAGGuidance(guidance_scale=3.0, base=ClassifierFreeGuidance())
