@@ -30,6 +30,8 @@ from diffctrl.dlm import (
     check_bidirectional,
     decode,
     encode,
+    is_embedded,
+    open_checkpoint,
 )
 from diffctrl.errors import BadRequestError
 from diffctrl.pipelines.base import ControlledPipelineMixin
@@ -297,30 +299,3 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
             logger.warning(
                 "%d tokens are more than the %d that this model was trained for", longest, self.longest
             )
-
-
-def is_embedded(name: str) -> bool:
-    """Whether this is the name of a model inside the package."""
-    from diffctrl.zoo import registry
-
-    return name in registry.EMBEDDED
-
-
-def open_checkpoint(name: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
-    """An embedded model by its name, else a folder or a hub repository.
-
-    Raises:
-        BadRequestError: there is no such model, or it is not one of text.
-    """
-    from diffctrl.zoo import registry
-
-    name = os.fspath(name)
-    if not is_embedded(name):
-        return Checkpoint.open(name, revision=revision)
-    model = registry.EMBEDDED[name]
-    if model.kind != "text":
-        raise BadRequestError(f"{name} is a model of kind {model.kind!r}, not of text")
-    try:
-        return replace(Checkpoint.open(registry.path(name)), name=name)
-    except FileNotFoundError as error:
-        raise BadRequestError(str(error)) from None

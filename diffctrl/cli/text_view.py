@@ -85,7 +85,8 @@ class OrderView:
         return "".join(letter if letter in "\n\t" else printable(letter) for letter in alone)
 
     def _legend(self) -> Text:
-        text = Text("first ", Style(dim=True))
+        text = Text()
+        text.append("first ", Style(dim=True))
         for cell in range(_LEGEND_CELLS):
             text.append("█", Style(color=_rgb(colour(cell / (_LEGEND_CELLS - 1)))))
         text.append(f" last   step {self._step} of {self._steps}", Style(dim=True))

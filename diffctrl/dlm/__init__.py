@@ -6,6 +6,7 @@ Knows no attention method; `StepControl` is where one listens.
 from diffctrl.dlm.bidirectional import check_bidirectional
 from diffctrl.dlm.checkpoints import Checkpoint
 from diffctrl.dlm.dream import DreamSampler, DreamSampling
+from diffctrl.dlm.embedded import is_embedded, open_checkpoint
 from diffctrl.dlm.llada import LLaDASampler, LLaDASampling
 from diffctrl.dlm.noise import Seeds
 from diffctrl.dlm.sampler import Generation, GenerationInterrupted, Sampler, StepControl, StepEvent
@@ -31,4 +32,6 @@ __all__ = [
     "check_bidirectional",
     "decode",
     "encode",
+    "is_embedded",
+    "open_checkpoint",
 ]

@@ -76,8 +76,8 @@ def make(request: TextRequest) -> TextPlan:
     seed = first(request.seed, recipe and recipe.seed, 0)
     if not 0 <= seed < 2**63:
         raise BadRequestError(f"--seed {seed} is not in the range of seeds, 0 to 2^63 - 1")
-    # Here, and not above: a misspelt method is answered before these are imported.
-    from diffctrl.pipelines.text import is_embedded, open_checkpoint
+    # Here, and not above: a misspelt method is answered before torch is imported.
+    from diffctrl.dlm import is_embedded, open_checkpoint
 
     checkpoint = open_checkpoint(first(request.model, recipe and recipe.model, DEFAULT_MODEL))
     embedded = is_embedded(checkpoint.name)

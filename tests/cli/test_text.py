@@ -324,14 +324,17 @@ def test_files_that_were_changed(text, run, tmp_path, change, says):
     _refused(run("text", "--from", path), says)
 
 
-def test_misspelt_method_is_answered_before_torch_is_imported():
+@pytest.mark.parametrize(
+    ("arguments", "loaded"),
+    [(["a", "--method", "sparsd"], "False False"), (["a", "--model", "/no/folder"], "True False")],
+)
+def test_answered_before_torch_or_diffusers_is_imported(arguments, loaded):
     code = (
-        "import sys; from diffctrl.cli.app import app\n"
-        "try: app(['text', 'a', '--method', 'sparsd'])\n"
+        f"import sys; from diffctrl.cli.app import app\ntry: app(['text', *{arguments}])\n"
         "except SystemExit as end: print(end.code, 'torch' in sys.modules, 'diffusers' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "2 False False\n"
+    assert done.stdout == f"2 {loaded}\n"
 
 
 def _refused(done, says):
