@@ -260,7 +260,8 @@ def apply(
             model.
 
     Returns:
-        A handle with `stats()` and `remove()`, which is also a context manager.
+        A handle with `stats()` and `remove()`, which is also a context manager. Of a language model it has
+        `begin`, `set_step` and `reset` for the sampler as well.
 
     Raises:
         TypeError: the model, a processor that it carries, or an argument is not supported.

@@ -23,6 +23,7 @@ from diffctrl.sparsed.run import Layer, Run
 from diffctrl.sparsed.schedule import CommitTrigger, Phase, Schedule
 
 logger = logging.getLogger("diffctrl.sparsed")
+_LOGGED: set[str] = set()
 
 
 class SparseDController:
@@ -44,7 +45,6 @@ class SparseDController:
         self._given: tuple[Mapping[int, Pattern], Layout] | None = None
         self._run: Run | None = None
         self._layers = [Layer(torch.tensor([index])) for index in range(shape.layers)]
-        self._logged: set[str] = set()
         self.engine = EngineStats()
         remember(self.engine.number, self)
         self.record = Record(config)
@@ -92,8 +92,8 @@ class SparseDController:
         self._run = Run(layout, schedule, trigger, dense, device)
         self.engine.reset()
         self.record = Record(config, layout, prediction, dense)
-        if dense is not None and not config.rests and dense not in self._logged:
-            self._logged.add(dense)
+        if dense is not None and not config.rests and dense not in _LOGGED:
+            _LOGGED.add(dense)
             logger.warning("SparseD stays dense: %s. auto_dense=False makes it sparse all the same.", dense)
         if self._given is not None and dense is None:
             self._take_given(*self._given)

@@ -61,7 +61,7 @@ class Device:
 # exponentials, predicted. cpu: one core, float32, 512 to 4096 tokens, lists of density 0.3 and 0.4.
 DEVICES = {
     "cuda": Device(least_tokens=12288, sparse_rate=1.0, build_share=0.8),
-    "cpu": Device(least_tokens=1024, sparse_rate=0.55, build_share=1.5),
+    "cpu": Device(least_tokens=2048, sparse_rate=0.55, build_share=1.5),
 }
 _APPROXIMATE_SHARE = 0.1
 

@@ -173,7 +173,8 @@ def fused_scores(
 
     on_device = torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext()
     with on_device, Scratch(query.device) if form.descriptor else nullcontext():
-        fused_jit.pool[grid](
+        kernel: Any = fused_jit.pool
+        kernel[grid](
             query, key, lse.contiguous(), valid[0], valid[1], out, scale * _LOG2E,
             *(s // unit for s in strides), q_len, k_len, heads,
             heads // kv_heads, dim, max(16, 1 << (dim - 1).bit_length()), rows, block, min(block, form.tile),

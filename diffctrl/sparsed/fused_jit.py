@@ -6,6 +6,9 @@ attention of the step gave the log-sum-exp, so a tile of probabilities is exp(sc
 no rescaling, and only its sum is kept.
 """
 
+# A constexpr condition decides at compile time which names exist; pyright sees a plain branch.
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton

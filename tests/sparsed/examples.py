@@ -1,4 +1,4 @@
-"""What the tests of SparseD share: the specification's worked example, tiny models, generations without a sampler."""
+"""What the tests of SparseD share: the worked example, tiny models, generations without a sampler."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tiny_llama(layers: int = 2, kv_heads: int = 2, seed: int = 0, **changes: Any
     """A LLaDA in small: Llama's architecture in both directions, with sharp attention."""
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=kv_heads, use_cache=False, tie_word_embeddings=False, rope_theta=500000.0, **changes,
+        num_key_value_heads=kv_heads, use_cache=False, tie_word_embeddings=False, **changes,
     )  # fmt: skip
     config.is_causal = False
     return sharpened(LlamaForCausalLM, config, seed)
@@ -74,7 +74,12 @@ def tokens(batch: int, length: int, seed: int = 3) -> torch.Tensor:
 
 
 def generate(
-    control: Any, model: Any, ids: torch.Tensor, prompts: list[int], steps: int = 5, padding: list[int] | None = None,
+    control: Any,
+    model: Any,
+    ids: torch.Tensor,
+    prompts: list[int],
+    steps: int = 5,
+    padding: list[int] | None = None,
     **begin: Any,
 ) -> list[torch.Tensor]:
     """Logits of each step of a generation that changes its last token in every step."""
@@ -82,7 +87,9 @@ def generate(
     if padding is not None:
         left = torch.tensor(padding)
         mask = torch.arange(ids.shape[1]) >= left[:, None]
-    generated = ids.shape[1] - max(prompts[b] + (padding or [0] * len(prompts))[b] for b in range(len(prompts)))
+    generated = ids.shape[1] - max(
+        prompts[b] + (padding or [0] * len(prompts))[b] for b in range(len(prompts))
+    )
     control.begin(torch.tensor(prompts), generated, steps, left, **begin)
     outs = []
     with torch.no_grad():

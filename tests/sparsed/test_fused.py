@@ -194,7 +194,7 @@ def test_self_test_and_its_faults(interpreter, monkeypatch):
 @pytest.mark.parametrize("mode", ["strict", "authors"])
 @pytest.mark.parametrize("score_scale", ["head_dim", "authors"])
 def test_patterns_are_those_of_the_chunked_builder(mode, score_scale, interpreter):
-    """With the log-sum-exp of the dense step, and with one of its own for other scales and generation keys."""
+    """With the log-sum-exp of the dense step, and with one of its own for other scales and sets of keys."""
     query, key = half(160, 4, 32, 2, 0), half(160, 2, 32, 2, 1)
     layout = Layout.of(torch.tensor([112, 70]), 48, 32, torch.tensor([0, 42]))
     scale = 1 / math.sqrt(32)

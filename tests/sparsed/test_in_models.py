@@ -1,4 +1,4 @@
-"""SparseD in tiny models of transformers: stock where it should be, sparse where it should be, and off again."""
+"""SparseD in tiny models of transformers: stock where it should be, sparse where it should be, and off."""
 
 import copy
 
@@ -41,7 +41,7 @@ def last(ids, step):
     return ids
 
 
-# --- neutral is stock, removing restores ---------------------------------------------------------------------
+# --- neutral is stock, removing restores --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("neutral", [{"select": 1.0}, {"skip": 1.0}, {"auto_dense": True}])
@@ -136,11 +136,11 @@ def test_two_models_are_independent():
     assert torch.equal(stock(other, ids), expected)
 
 
-# --- the pattern is that of the definition ---------------------------------------------------------------------
+# --- the pattern is that of the definition ------------------------------------------------------------------
 
 
 def queries_and_keys(model, ids):
-    """Per layer what its attention is given, computed apart from the seam: (after rotary embedding, before)."""
+    """Per layer what attention is given, computed apart from the seam: after rotary embedding, before."""
     found = []
 
     def look(module, args, kwargs):
@@ -316,7 +316,9 @@ def test_what_apply_refuses():
     windowed.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="sliding window"):
         on(windowed)
-    bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    bert = BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
     with pytest.raises(TypeError, match="LlamaForCausalLM.*Qwen2ForCausalLM"):
         on(bert)
     for wrong in (SoftPAGAttnProcessor(), NeutralAttnProcessor()):
@@ -402,15 +404,16 @@ def test_a_skipped_step_is_told(llama):
             llama(input_ids=tokens(1, 96))
 
 
-def test_the_log_says_once_that_it_stays_dense(llama, caplog):
+def test_the_log_says_once_that_it_stays_dense(llama, caplog, monkeypatch):
+    monkeypatch.setattr("diffctrl.sparsed.controller._LOGGED", set())
     ids = tokens(1, 96)
     with on(llama, auto_dense=True) as control, caplog.at_level("WARNING", logger="diffctrl.sparsed"):
         for _ in range(2):
             generate(control, llama, ids, [PROMPT])
         assert "96 tokens are below the break-even" in control.controller.stats()["stays_dense"]
     assert [record.message for record in caplog.records if "stays dense" in record.message] == [
-        "SparseD stays dense: 96 tokens are below the break-even of 1024 tokens on cpu. auto_dense=False makes it "
-        "sparse all the same."
+        "SparseD stays dense: 96 tokens are below the break-even of 2048 tokens on cpu. auto_dense=False "
+        "makes it sparse all the same."
     ]
 
 

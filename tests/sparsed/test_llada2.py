@@ -1,7 +1,7 @@
 """diffusers' LLaDA2Pipeline over a model of transformers: what a control can do there, and what it refuses.
 
-The pipeline takes any model with `.logits`; the classes of LLaDA2 checkpoints are remote code, which are refused.
-It recomputes a window that grows by one block, so a generation of ours is one window.
+The pipeline takes any model with `.logits`; LLaDA2's own classes are remote code, which is refused. It
+recomputes a window that grows by one block, so that a generation of ours is one window.
 """
 
 import pytest
@@ -47,7 +47,8 @@ def run(pipe, control=None):
     try:
         return pipe(
             input_ids=tokens(1, PROMPT), gen_length=2 * BLOCK, block_length=BLOCK, num_inference_steps=STEPS,
-            mask_token_id=MASK, threshold=2.0, editing_threshold=None, output_type="seq", eos_early_stop=False,
+            mask_token_id=MASK, threshold=2.0, editing_threshold=None, eos_early_stop=False,
+            output_type="seq",
         ).sequences  # fmt: skip
     finally:
         hook.remove()
@@ -74,7 +75,8 @@ def test_a_pattern_for_each_window(pipe):
 
 
 def test_a_grown_window_is_refused(pipe):
-    with on(pipe) as control, pytest.raises(ValueError, match="call begin\\(\\) for each new one"):
+    with on(pipe) as control:
         control.begin(torch.tensor([PROMPT]), BLOCK, STEPS + 1)
         control.set_step(0)
-        run(pipe)
+        with pytest.raises(ValueError, match="call begin\\(\\) for each new one"):
+            run(pipe)

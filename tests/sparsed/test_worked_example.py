@@ -43,7 +43,9 @@ def built(example, prompt, config):
 
 def test_block_scores():
     expected = torch.tensor([[float(number) for number in line.split()] for line in W.split("\n") if line])
-    naive = slow.pooled(slow.attention(EXAMPLE.query[0].transpose(0, 1), EXAMPLE.key[0].transpose(0, 1), 0.5), 2)
+    naive = slow.pooled(
+        slow.attention(EXAMPLE.query[0].transpose(0, 1), EXAMPLE.key[0].transpose(0, 1), 0.5), 2
+    )
     ours = chunked_scores(EXAMPLE.query, EXAMPLE.key, [12], [12], 0.5, 2)[0]
     for scores in (naive, ours):
         torch.testing.assert_close(scores[0].float(), expected, atol=6e-7, rtol=0)
@@ -105,7 +107,7 @@ def test_everything_is_kept_at_one():
 
 
 def test_scale_of_the_authors_ranks_otherwise():
-    """Planted fault: scores over sqrt(heads). Four heads and head dim 64 would sharpen the ranking fourfold."""
+    """Planted fault: scores over sqrt(heads). Four heads of dim 64 would sharpen them fourfold."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 128, 4, 64, generator=generator) for _ in range(2))
     layout = Layout.of(torch.tensor([96]), 32, 16)
@@ -115,7 +117,9 @@ def test_scale_of_the_authors_ranks_otherwise():
         builder = Builder.of(config, q, k, 1 / 8, None)
         kept[name] = kept_sets(builder.build(q, k, layout).lists)
         scale = {"head_dim": 1 / math.sqrt(64), "authors": 1 / math.sqrt(4)}[name]
-        assert kept[name][0] == slow.kept_blocks(q[0].transpose(0, 1), k[0].transpose(0, 1), 96, scale, config)
+        assert kept[name][0] == slow.kept_blocks(
+            q[0].transpose(0, 1), k[0].transpose(0, 1), 96, scale, config
+        )
     assert kept["head_dim"] != kept["authors"]
 
 
