@@ -25,11 +25,11 @@ CALL: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "height
 CALL["max_sequence_length"] = 32
 
 
-def sd3_pipeline() -> Any:
+def sd3_pipeline(size: models.ImageSize = SIZE) -> Any:
     """The pipeline; its zero-initialised layers are opened, so that attention reaches the picture."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    parts = models.image_parts(SIZE)
+    parts = models.image_parts(size)
     for _, module in parts.items():
         for weight in module.parameters():
             if not weight.any():

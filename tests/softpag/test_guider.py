@@ -243,7 +243,7 @@ def test_momentum_lasts_for_one_run() -> None:
 
 @pytest.mark.parametrize("name", ["ClassifierFreeGuidance", "AdaptiveProjectedGuidance"])
 def test_a_base_treats_the_other_predictions(name: str, tmp_path: Any) -> None:
-    """Its result plus w (c - p); with plain classifier-free guidance as the base, that of `guidance_scale`."""
+    """Its result plus w (c - p); with plain guidance as the base, what `guidance_scale` gives."""
     from diffusers import guiders
 
     model, (split, rest) = build("sd3"), sd3_inputs()
