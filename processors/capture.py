@@ -82,10 +82,8 @@ class CaptureAttnProcessor(ControlAttnProcessor):
         if known is None:
             sites = list(context.sites.values())
             collector = Collector(self.specs_on(sites), sites, self._max_bytes, self._route)
-            known = self._collectors[id(context)] = (
-                context,
-                collector,
-            )  # the context keeps its id while it lives
+            # Kept with its context, which has this id for as long as it lives.
+            known = self._collectors[id(context)] = context, collector
         tickets = known[1].begin(context)
         return Published(None, tickets) if tickets else None
 
@@ -94,8 +92,14 @@ class CaptureAttnProcessor(ControlAttnProcessor):
 
     def observe(self, site: Site, call: Call, lse: Tensor | None) -> None:
         ticket = published(site, self)
-        if ticket is not None:
-            run_task(ticket, call, lse)
+        if ticket is None:
+            return
+        if getattr(site.module.processor, "_parallel_config", None) is not None:
+            raise RuntimeError(
+                f"{self.describe()} needs all keys of a query, which context parallelism splits over devices; "
+                "turn parallelism off for the capture"
+            )
+        run_task(ticket, call, lse)
 
     def result(self, name: str | None = None, *, model: str | None = None) -> CaptureResult:
         """What was captured so far.

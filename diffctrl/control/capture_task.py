@@ -133,8 +133,8 @@ class Task:
             )
         if route == "second_call" and call.lists is not None:
             raise RuntimeError(
-                f"route='second_call' was asked for, but {site.name} runs block lists, whose kernel gives the "
-                "log-sum-exp itself; leave route=None"
+                f"route='second_call' was asked for, but {site.name} runs block lists, whose kernel gives "
+                "the log-sum-exp itself; leave route=None"
             )
         route = route or choose_route(call, rows.count, columns.count)
         site.context.stats.record_capture(route)
@@ -164,10 +164,8 @@ def _capture_op(
     text_order: Tensor | None,
     spans: list[int],
 ) -> None:
-    number, _ = ticket.tolist()
     ticket[1] += 1
-    image, text = Span(*spans[:2]), Span(*spans[2:]) if len(spans) > 2 else None
-    _TASKS[number].run(query, key, lse, attn_mask, text_order, image, text)
+    _run(ticket, query, key, lse, attn_mask, text_order, spans)
 
 
 @_capture_op.register_fake
@@ -175,21 +173,24 @@ def _(ticket: Tensor, *args: Any) -> None:
     return None
 
 
+def _run(ticket: Tensor, *given: Any) -> None:
+    *tensors, spans = given
+    text = Span(*spans[2:]) if len(spans) > 2 else None
+    _TASKS[int(ticket[0])].run(*tensors, Span(*spans[:2]), text)
+
+
 def run_task(ticket: Tensor, call: Call, lse: Tensor | None) -> None:
     """Hand a task, named by its ticket, what the kernel was given, and the log-sum-exp that it returned."""
     spans = [call.image.start, call.image.stop]
     if call.text is not None:
         spans += [call.text.start, call.text.stop]
+    lse = None if lse is None else lse.detach()
+    given = ticket, call.query.detach(), call.key.detach(), lse, call.attention_mask, call.text_order, spans
     with torch.no_grad():
-        _capture_op(
-            ticket,
-            call.query.detach(),
-            call.key.detach(),
-            None if lse is None else lse.detach(),
-            call.attention_mask,
-            call.text_order,
-            spans,
-        )
+        if torch.compiler.is_compiling():
+            _capture_op(*given)
+        else:
+            _run(*given)
 
 
 def _chosen_queries(spec: CaptureSpec, grid: Grid | None) -> tuple[int, ...] | None:

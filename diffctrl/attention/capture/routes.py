@@ -27,9 +27,10 @@ from .tokens import Tokens
 Route = Literal["lse", "second_call", "chunked", "one_hot"]
 ROUTES: tuple[Route, ...] = ("lse", "second_call", "chunked", "one_hot")
 
-# A multiply-add in a tile of scores, which go through memory for their exponentials, costs as much as these in
-# a fused kernel. On a CPU chunked was measured to take 1.0 to 1.5 times a fused call, whose two products are 2;
-# on a GPU 36 bytes for each score at 3 TB/s are 28 multiply-adds of 128 channels at 600 TFLOP/s (estimate).
+# A multiply-add in a tile of scores, which go through memory for their exponentials, costs as much as these
+# in a fused kernel. On a CPU chunked was measured to take 1.0 to 1.5 times a fused call, whose two products
+# count 2. On a GPU it is an estimate: 36 bytes for each score at 3 TB/s take as long as 28 multiply-adds of
+# 128 channels at 600 TFLOP/s.
 _TILE_COST = {"cpu": 2.6, "cuda": 28.0}
 
 
