@@ -53,10 +53,12 @@ class Variant:
     Args:
         name: in the table.
         processor: what is applied, None for the stock model.
+        early: whether its pattern holds from the second step on.
     """
 
     name: str
     processor: Any = None
+    early: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,7 +88,7 @@ def same_text(answer: str, right: str) -> bool:
     return answer.strip() == right.strip()
 
 
-def lookup_suites(tokenizer: Any, lengths: Sequence[int], count: int, gen_length: int = 32) -> list[Suite]:
+def lookup_suites(tokenizer: Any, lengths: Sequence[int], count: int, gen_length: int = 24) -> list[Suite]:
     """Facts in texts of `lengths` tokens with their answers: in filler, one asked for, four asked for."""
     found = []
     for length in lengths:
@@ -127,7 +129,6 @@ def variants(config: SparseDConfig) -> list[Variant]:
 
     The last two keep their pattern from the second step on, as those methods are used by themselves.
     """
-    early = {"skip": 0.0}
     return [
         Variant(name="dense"),
         Variant(name="SparseD", processor=SparseDAttnProcessor(config)),
@@ -135,11 +136,13 @@ def variants(config: SparseDConfig) -> list[Variant]:
         Variant(name="StreamingLLM", processor=FixedPatternAttnProcessor("streaming", config)),
         Variant(
             name="sliding window, no dense steps",
-            processor=FixedPatternAttnProcessor("window", config, **early),
+            processor=FixedPatternAttnProcessor("window", config, skip=0.0),
+            early=True,
         ),
         Variant(
             name="StreamingLLM, no dense steps",
-            processor=FixedPatternAttnProcessor("streaming", config, **early),
+            processor=FixedPatternAttnProcessor("streaming", config, skip=0.0),
+            early=True,
         ),
     ]
 

@@ -149,7 +149,8 @@ def test_every_part_runs_and_writes_the_results_schema(pack, tmp_path):
     figures = evaluate_dlm.main([*command, "--out", str(out), "--figure", str(picture), "--device", "cpu"])
     report = results_index.read(out)
     assert report["topic"] == "dlm"
-    assert len(report["figures"]) == len(figures)
+    kept = evaluate_dlm._figures_of(out)  # what --add goes on from
+    assert [figure.as_dict() for figure in kept] == report["figures"] == [f.as_dict() for f in figures]
     names = [figure.name for figure in figures]
     assert {"plain: dense", "plain: SparseD", "plain: lost to dense by SparseD"} <= set(names)
     assert any(name.startswith("ablation, select, StreamingLLM") for name in names)
