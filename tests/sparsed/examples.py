@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 SETTINGS: dict[str, Any] = {"select": 0.3, "block_size": 16, "auto_dense": False}
@@ -99,6 +101,21 @@ def generate(
             now[:, -1] = step
             outs.append(model(input_ids=now, attention_mask=mask).logits)
     return outs
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operator makes inside, by the memory behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.itemsize)
+        return out
 
 
 def kept_sets(lists: Any) -> list[list[list[set[int]]]]:

@@ -11,7 +11,16 @@ import diffctrl
 from diffctrl.processors import NeutralAttnProcessor, SoftPAGAttnProcessor, SparseDAttnProcessor
 from diffctrl.sparsed import Phase, SparseDConfig
 from diffctrl.sparsed import reference as slow
-from tests.sparsed.examples import SETTINGS, generate, kept_sets, sharpened, tiny_llama, tiny_qwen, tokens
+from tests.sparsed.examples import (
+    SETTINGS,
+    LargestTensor,
+    generate,
+    kept_sets,
+    sharpened,
+    tiny_llama,
+    tiny_qwen,
+    tokens,
+)
 
 PROMPT, GENERATED, STEPS = 70, 26, 5  # 96 tokens: 6 blocks of 16, skip 0.2 of 5 steps: pattern in step 0
 
@@ -297,6 +306,18 @@ def test_guidance_in_one_batch(llama):
     assert kept[0] != kept[1]
     for a, b in zip(both, alone, strict=True):
         torch.testing.assert_close(a[1], b[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [tiny_llama, tiny_qwen])
+@pytest.mark.parametrize("padding", [None, [0, 100]])
+def test_no_tensor_of_tokens_by_tokens(kind, padding):
+    """In no step, with grouped heads and with padding; stock transformers makes one of a padding mask."""
+    model, ids = kind(), tokens(2, 1024)
+    prompts = [900, 900 - (padding or [0, 0])[1]]
+    with on(model, block_size=64, skip=0.5) as control, LargestTensor() as largest:
+        generate(control, model, ids, prompts, steps=4, padding=padding)
+        assert control.controller.stats()["steps"] == {"dense": 1, "build": 1, "sparse": 2}
+    assert largest.elements < 1024 * 1024
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

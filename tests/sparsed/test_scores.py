@@ -7,14 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from diffctrl.attention import attend
 from diffctrl.sparsed import Builder, Layout, SparseDConfig, pooling
 from diffctrl.sparsed import reference as slow
 from diffctrl.sparsed.pooling import chunked_scores, mean_scores, sampled_scores
-from tests.sparsed.examples import kept_sets
+from tests.sparsed.examples import LargestTensor, kept_sets
 
 
 def draw(tokens, heads, kv_heads, dim=16, dtype=torch.float32, batch=1, seed=0):
@@ -28,19 +26,6 @@ def naive(query, key, scale, block):
         [slow.pooled(slow.attention(q.transpose(0, 1), k.transpose(0, 1), scale), block)
          for q, k in zip(query, key, strict=True)]
     )  # fmt: skip
-
-
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return out
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 128, 129, 1000])
