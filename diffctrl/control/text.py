@@ -111,7 +111,7 @@ _NAMES: dict[str, str] = {}
 
 def _name_over(previous: str) -> str:
     """The name of our attention function for models that ran `previous`; registered once per process."""
-    if previous in _NAMES.values():  # another model with the same config object is under a control
+    if previous in _NAMES.values():  # a copy of a config that was under a control
         return previous
     if previous not in _NAMES:
         from transformers import AttentionInterface, AttentionMaskInterface

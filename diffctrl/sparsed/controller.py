@@ -35,8 +35,7 @@ class SparseDController:
         device: gives the model's device when a generation begins.
 
     A sampler calls `begin`, then `set_step` before each forward, then `reset`. Nothing is inferred from
-    counting
-    calls: guidance, checkpointing and batches break it.
+    counting calls: guidance, checkpointing and batches break it.
     """
 
     def __init__(self, config: SparseDConfig, shape: ModelShape, device: Callable[[], torch.device]) -> None:
@@ -92,7 +91,7 @@ class SparseDController:
         self._run = Run(layout, schedule, trigger, dense, device)
         self.engine.reset()
         self.record = Record(config, layout, prediction, dense)
-        if dense is not None and not config.rests and dense not in _LOGGED:
+        if dense is not None and dense == prediction.reason and dense not in _LOGGED:
             _LOGGED.add(dense)
             logger.warning("SparseD stays dense: %s. auto_dense=False makes it sparse all the same.", dense)
         if self._given is not None and dense is None:

@@ -144,9 +144,8 @@ class Run:
         if self._shifted:
             self._order = self.layout.order(device)
         if self.padded and self.full is None:
-            self._full = full_lists(
-                self.layout
-            )  # kept: its tensors on the device know it by a weak reference
+            # Kept: its tensors on the device know it by a weak reference alone.
+            self._full = full_lists(self.layout)
             self.full = self._full.on(device)
             self.mask = self.layout.mask().to(device)
         if self.token.device != device:
