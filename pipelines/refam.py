@@ -153,10 +153,16 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         return [self._finished(task, config, segmenter) for task in tasks]
 
     def weigh(
-        self, pairs: Sequence[tuple[Any, str]], config: RefAMConfig, *, batch_size: int = 8
+        self,
+        pairs: Sequence[tuple[Any, str]],
+        config: RefAMConfig,
+        *,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        batch_size: int = 8,
     ) -> list[Weighed]:
         """The attention of many pairs, for `conclude` under several settings that need the same forward."""
-        tasks = self._tasks(pairs, config, None, None)
+        tasks = self._tasks(pairs, config, size, frames)
         with self._reading(config) as processor:
             self._run(tasks, config, processor, batch_size)
         return tasks

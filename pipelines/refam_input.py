@@ -92,11 +92,11 @@ def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def clip_length(frames: int, reader: Reader, wanted: int | None, latent_frames: int = 7) -> int:
-    """How many frames of a video are read: 1 + k steps, `wanted` or what `latent_frames` hold at most."""
+    """How many frames of a video are read: 1 + whole chunks, `wanted` or what `latent_frames` hold at most."""
     if reader.frame_step == 0:
         return 1
     most = min(frames, wanted if wanted is not None else 1 + reader.frame_step * (latent_frames - 1))
-    return 1 + (max(most, 1) - 1) // reader.frame_step * reader.frame_step
+    return 1 + (max(most, 1) - 1) // reader.frame_chunk * reader.frame_chunk
 
 
 def middle_frame_of(latent_frame: int, step: int) -> int:

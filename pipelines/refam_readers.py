@@ -70,10 +70,12 @@ class Reader(ABC):
         multiple: that both sides must be a multiple of.
         longest_side: in pixels, or None for no limit.
         frame_step: frames of a latent frame after the first one; 0 where the model knows pictures alone.
+        frame_chunk: frames that the autoencoder takes at a time after the first one.
     """
 
     longest_side: int | None = None
     frame_step: int = 0
+    frame_chunk: int = 1
     takes_caption: ClassVar[bool] = True
 
     def __init__(self, pipe: Any) -> None:
@@ -328,7 +330,7 @@ class MochiReader(Reader):
 
     def _size(self) -> tuple[int, int]:
         pipe = self.pipe
-        self.frame_step = pipe.vae_temporal_scale_factor
+        self.frame_step = self.frame_chunk = pipe.vae_temporal_scale_factor
         return pipe.default_height * pipe.default_width, pipe.vae_spatial_scale_factor * pipe.patch_size
 
     def _embed(self, texts: list[str]) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -369,6 +371,7 @@ class WanReader(Reader):
     def _size(self) -> tuple[int, int]:
         pipe = self.pipe
         self.frame_step = pipe.vae_scale_factor_temporal
+        self.frame_chunk = 4  # written into the autoencoder's encode, which drops what is left over
         return 480 * 832, pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
 
     def _embed(self, texts: list[str]) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -1,4 +1,8 @@
-"""Masks by SAM, SAM 2 or SAM 2 video of transformers, for users who have the weights. One positive point."""
+"""Masks by SAM, SAM 2 or SAM 2 video of transformers, for users who have the weights. One positive point.
+
+SAM 2's processors of transformers need torchvision; what they do to a picture and a point is a few lines, which
+are here.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffctrl.refam.config import SamChoice
 from diffctrl.refam.locate import enlarged
 
-_PICTURE = {"sam": ("SamModel", "SamProcessor"), "sam2": ("Sam2Model", "Sam2Processor")}
-_VIDEO = {"sam2_video": ("Sam2VideoModel", "Sam2VideoProcessor")}
-_KINDS = _PICTURE | _VIDEO
+_MODELS = {"sam": "SamModel", "sam2": "Sam2Model", "sam2_video": "Sam2VideoModel"}
+# Of ImageNet, which SAM 2 was trained with.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Segmenter:
@@ -27,14 +33,9 @@ class Segmenter:
     """
 
     def __init__(self, name: str, *, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        import transformers
-
-        self.name, self.device = name, torch.device(device)
+        self.name, self.device, self._dtype = name, torch.device(device), dtype
         self.kind = self._kind(name)
-        local = Path(name).expanduser().is_dir()
-        self._dtype = dtype
-        self._models: dict[str, tuple[Any, Any]] = {}
-        self._library, self._local = transformers, local
+        self._models: dict[str, Any] = {}
 
     @staticmethod
     def _kind(name: str) -> str:
@@ -54,24 +55,22 @@ class Segmenter:
                 raise ValueError(
                     f"sam={name!r} is no folder and cannot be had from the hub ({first})"
                 ) from None
-        if kind not in _KINDS:
-            raise ValueError(f"sam={name!r} is a {kind!r} model; accepted: {', '.join(_KINDS)}")
+        if kind not in _MODELS:
+            raise ValueError(f"sam={name!r} is a {kind!r} model; accepted: {', '.join(_MODELS)}")
         return str(kind)
 
-    def _load(self, kind: str) -> tuple[Any, Any]:
+    def _load(self, kind: str) -> Any:
         if kind not in self._models:
-            model_name, processor_name = _KINDS[kind]
+            import transformers
+
             try:
-                model = getattr(self._library, model_name).from_pretrained(
-                    self.name, use_safetensors=True, local_files_only=self._local
-                )
-                processor = getattr(self._library, processor_name).from_pretrained(
-                    self.name, local_files_only=self._local
+                model = getattr(transformers, _MODELS[kind]).from_pretrained(
+                    self.name, use_safetensors=True, local_files_only=Path(self.name).expanduser().is_dir()
                 )
             except (OSError, ValueError, ImportError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise ValueError(f"sam={self.name!r} cannot be loaded: {first}") from None
-            self._models[kind] = model.to(self.device, self._dtype).eval(), processor
+            self._models[kind] = model.to(self.device, self._dtype).eval()
         return self._models[kind]
 
     def mask(self, image: Any, point: tuple[float, float], heat: Tensor, choice: SamChoice) -> Tensor:
@@ -83,44 +82,62 @@ class Segmenter:
             heat: (h, w), to choose among the masks.
             choice: see `RefAMConfig`.
         """
-        model, processor = self._load("sam" if self.kind == "sam" else "sam2")
-        # SAM nests points as (images, points), SAM 2 as (images, objects, points).
-        points: Any = [[list(point)]] if self.kind == "sam" else [[[list(point)]]]
-        arguments: dict[str, Any] = {"input_points": points}
-        if self.kind != "sam":
-            arguments["input_labels"] = [[[1]]]
-        inputs = processor(images=image, return_tensors="pt", **arguments)
-        inputs = inputs.to(self.device)
+        masks, scores = self._sam(image, point) if self.kind == "sam" else self._sam2(image, point)
+        return chosen_mask(masks, scores, heat, choice)
+
+    def _sam(self, image: Any, point: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        from transformers import SamProcessor
+
+        model = self._load("sam")
+        processor: Any = SamProcessor.from_pretrained(self.name)
+        inputs = processor(images=image, input_points=[[list(point)]], return_tensors="pt").to(self.device)
+        sizes = [inputs.pop("original_sizes").cpu(), inputs.pop("reshaped_input_sizes").cpu()]
         with torch.no_grad():
             output = model(**inputs, multimask_output=True)
-        sizes = [inputs["original_sizes"]]
-        if self.kind == "sam":
-            sizes.append(inputs["reshaped_input_sizes"])
-        masks = processor.post_process_masks(output.pred_masks.float().cpu(), *[s.cpu() for s in sizes])[0]
-        scores = output.iou_scores.float().flatten().cpu()
-        return chosen_mask(masks.reshape(-1, *masks.shape[-2:]).bool(), scores, heat, choice)
+        masks = processor.post_process_masks(output.pred_masks.float().cpu(), *sizes)[0]
+        return masks.reshape(-1, *masks.shape[-2:]).bool(), output.iou_scores.float().flatten().cpu()
+
+    def _sam2(self, image: Any, point: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        model = self._load("sam2")
+        side = _side(model)
+        with torch.no_grad():
+            output = model(
+                pixel_values=_prepared([image], side).to(self.device, self._dtype),
+                input_points=_scaled(point, image.size, side).to(self.device, self._dtype),
+                input_labels=torch.ones(1, 1, 1, dtype=torch.int32, device=self.device),
+                multimask_output=True,
+            )
+        masks = _large(output.pred_masks[0, 0], image.size)
+        return masks, output.iou_scores.float().flatten().cpu()
 
     def track(self, frames: list[Any], point: tuple[float, float], frame: int) -> Tensor:
         """(F, H, W) bool: the object at a point of one frame, followed to both ends of the video.
 
         Raises:
-            ValueError: the weights are of SAM for pictures.
+            ValueError: the weights are of a model for single pictures.
         """
         if self.kind != "sam2_video":
             raise ValueError(
                 f"sam={self.name!r} is a {self.kind!r} model, which follows nothing through a video; "
                 "give SAM 2 video weights (model_type sam2_video)"
             )
-        model, processor = self._load("sam2_video")
-        session = processor.init_video_session(video=frames, inference_device=self.device, dtype=self._dtype)
-        processor.add_inputs_to_inference_session(
-            inference_session=session,
-            frame_idx=frame,
-            obj_ids=1,
-            input_points=[[[list(point)]]],
-            input_labels=[[[1]]],
+        from transformers import Sam2VideoInferenceSession
+
+        model = self._load("sam2_video")
+        side, size = _side(model), frames[0].size
+        session = Sam2VideoInferenceSession(
+            video=_prepared(frames, side),
+            video_height=size[1],
+            video_width=size[0],
+            inference_device=self.device,
+            inference_state_device=self.device,
+            video_storage_device="cpu",
+            dtype=self._dtype,
         )
-        width, height = frames[0].size
+        thing = session.obj_id_to_idx(1)
+        points = {"point_coords": _scaled(point, size, side), "point_labels": torch.ones(1, 1, 1).int()}
+        session.add_point_inputs(thing, frame, points)
+        session.obj_with_new_inputs = [1]
         found: dict[int, Tensor] = {}
         with torch.no_grad():
             model(inference_session=session, frame_idx=frame)
@@ -128,12 +145,34 @@ class Segmenter:
                 for output in model.propagate_in_video_iterator(
                     session, start_frame_idx=frame, reverse=backwards
                 ):
-                    masks = processor.post_process_masks(
-                        [output.pred_masks], original_sizes=[[height, width]], binarize=True
-                    )[0]
-                    found[output.frame_idx] = masks.reshape(-1, height, width)[0].bool().cpu()
-        nothing = torch.zeros(height, width, dtype=torch.bool)
+                    found[output.frame_idx] = _large(output.pred_masks[0], size)[0]
+        nothing = torch.zeros(size[1], size[0], dtype=torch.bool)
         return torch.stack([found.get(index, nothing) for index in range(len(frames))])
+
+
+def _side(model: Any) -> int:
+    side = model.config.prompt_encoder_config.image_size
+    return int(side if isinstance(side, int) else side[0])
+
+
+def _prepared(frames: list[Any], side: int) -> Tensor:
+    """(F, 3, side, side) float32: squeezed to a square and normalised."""
+    pixels = torch.stack([torch.from_numpy(np.array(frame.convert("RGB"))) for frame in frames])
+    pixels = F.interpolate(
+        pixels.movedim(-1, 1).float() / 255, size=(side, side), mode="bilinear", antialias=True
+    )
+    return (pixels - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
+
+
+def _scaled(point: tuple[float, float], size: tuple[int, int], side: int) -> Tensor:
+    """(1, 1, 1, 2): picture, object, point, (x, y), in the square's pixels; `size` is (width, height)."""
+    x, y = point[0] * side / size[0], point[1] * side / size[1]
+    return torch.tensor([x, y]).view(1, 1, 1, 2)
+
+
+def _large(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(K, H, W) bool of low-resolution logits (K, h, w)."""
+    return enlarged(logits.float().cpu(), (size[1], size[0])) > 0
 
 
 def chosen_mask(masks: Tensor, scores: Tensor, heat: Tensor, choice: SamChoice) -> Tensor:
