@@ -9,6 +9,7 @@ import typer
 from diffctrl import __version__
 from diffctrl.cli.doctor import doctor
 from diffctrl.cli.generate import generate
+from diffctrl.cli.ground import ground
 from diffctrl.cli.headhunt import headhunt
 from diffctrl.cli.info import info
 from diffctrl.cli.text import text
@@ -40,6 +41,7 @@ def _root(
 
 app.command()(generate)
 app.command()(text)
+app.command()(ground)
 app.command()(headhunt)
 app.command()(info)
 app.command()(doctor)
