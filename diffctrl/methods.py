@@ -25,6 +25,7 @@ class Method:
         processor: where the processor class is, "module:Class"; built as `Class(config=settings)`.
         families: the model families it works on, or None for every family.
         paper: the source.
+        command: the command that it is used by.
         licence: of our implementation.
     """
 
@@ -35,6 +36,7 @@ class Method:
     processor: str
     families: tuple[str, ...] | None
     paper: str
+    command: str = "generate"
     licence: str = "Apache-2.0"
 
     def config_class(self) -> type:
@@ -64,6 +66,7 @@ _ALL = (
         processor="diffctrl.processors:RefAMAttnProcessor",
         families=("sd3", "flux", "mochi", "wan"),
         paper="arXiv 2509.22650",
+        command="ground",
     ),
     Method(
         name="softpag",
@@ -99,6 +102,7 @@ _ALL = (
         processor="diffctrl.processors:SparseDAttnProcessor",
         families=("llada", "dream"),
         paper="arXiv 2509.24014",
+        command="text",
     ),
 )
 

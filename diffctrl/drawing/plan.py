@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffctrl import methods
 from diffctrl.drawing import prompts
 from diffctrl.drawing.choices import (
     choose_device,
@@ -82,6 +83,9 @@ def make(request: Request) -> Plan:
     if not prompt or not prompt.strip():
         raise BadRequestError('there is no prompt; write one, as in `diffctrl generate "a red star"`')
     controls = read_controls(request.methods, request.settings, recipe.controls if recipe is not None else ())
+    for spec in controls:
+        if (command := methods.METHODS[spec.method].command) != "generate":
+            raise BadRequestError(f"{spec.method} changes no picture; it is used by `diffctrl {command}`")
     compare = bool(first(request.compare, recipe and recipe.compare))
     if compare and not controls:
         raise BadRequestError(

@@ -1,0 +1,179 @@
+"""`diffctrl ground`: files and their recipe; bad input in one sentence, before weights are loaded."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffctrl.zoo import worlds
+from diffctrl.zoo.worlds.referring_set import referring_set
+
+PHRASE = "the red star left of a blue ring"
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "my photo.jpg"
+    values = np.random.default_rng(0).integers(0, 255, (45, 70, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.fixture
+def ground(run, tiny_model, tmp_path):
+    """`diffctrl ground` with the tiny model, into an empty folder."""
+
+    def ground(*arguments, model=tiny_model, out=tmp_path / "out"):
+        return run("ground", *arguments, "--model", model, "--out", out)
+
+    return ground
+
+
+def test_writes_overlay_mask_and_recipe(ground, photo, tmp_path):
+    done = ground(photo, PHRASE)
+    assert done.exit_code == 0, done.stderr
+    overlay, mask, record = done.stdout.split("\n")[:3]
+    assert overlay.startswith(str(tmp_path / "out" / "my-photo-"))
+    found = json.loads(open(record, encoding="utf-8").read())
+    assert np.asarray(Image.open(mask)).shape == (45, 70)
+    assert (np.asarray(Image.open(mask)) > 0).sum() == found["mask_pixels"]
+    x, y = found["point"]
+    assert np.asarray(Image.open(mask))[int(y), int(x)] == 255
+    assert Image.open(overlay).width >= 256
+    assert found["size"] == [45, 70]
+    assert found["model_size"] == [24, 40]
+    assert "resized to 40 x 24" in done.stderr
+    assert [t["word"] for t in found["tokens"] if t["kept"]] == ["red", "star"]
+    recipe = found["recipe"]
+    assert recipe["picture"]["name"] == "my photo.jpg"
+    assert len(recipe["picture"]["sha256"]) == len(recipe["weights"]["sha256"]) == 64
+    assert found["settings"]["sigma"] == 0.5
+    assert PHRASE.replace(" ", "-") not in overlay  # nothing of the words is in a file name
+    again = ground(photo, PHRASE)
+    assert again.stdout == done.stdout
+    assert json.loads(open(record, encoding="utf-8").read())["point"] == [x, y]
+
+
+def test_many_expressions_and_settings(ground, photo, tmp_path):
+    phrases = tmp_path / "phrases.txt"
+    phrases.write_text("# things\nthe red star\n\nthe  blue ring\nthe red star\n", encoding="utf-8")
+    done = ground(
+        photo, "a cross", "--phrases", phrases, "--set", "mask=mean", "--set", "sigma=0.3", "--size", "32x32"
+    )
+    assert done.exit_code == 0, done.stderr
+    paths = done.stdout.split()
+    assert len(paths) == 9
+    records = [json.loads(open(p, encoding="utf-8").read()) for p in paths if p.endswith(".json")]
+    assert [r["expression"] for r in records] == ["a cross", "the red star", "the blue ring"]
+    assert {r["settings"]["mask"] for r in records} == {"mean"}
+    assert records[0]["model_size"] == [32, 32]
+
+
+def test_photographs_are_turned_as_their_camera_says(ground, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (70, 45), (200, 30, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    done = ground(tmp_path / "turned.jpg", "the red star")
+    assert done.exit_code == 0, done.stderr
+    assert "of 45 x 70" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "no expression"),
+        ((" ",), "no expression"),
+        (("a star", "--phrases", "missing.txt"), "cannot be read"),
+        (("a star", "--set", "sigmas=1"), "did you mean sigma?"),
+        (("a star", "--set", "sigma=1"), "between 0"),
+        (("a star", "--set", "sigma"), "not NAME=VALUE"),
+        (("a star", "--set", "mask=sam"), "go together"),
+        (("a star", "--set", "blocks=7"), "block 7 does not exist"),
+        (("a star", "--set", "direction=both"), "i2t, t2i"),
+        (("a star", "--size", "big"), "HEIGHTxWIDTH"),
+        (("a star", "--frames", "0"), "starts at 1"),
+        (("a star", "--device", "tpu9"), "no device"),
+        (("a red star " * 30,), "too long"),
+    ],
+)
+def test_one_sentence_and_exit_code_2(ground, no_weights, photo, arguments, says):
+    _refused(ground(photo, *arguments), says)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"), [("shapes-sd", "did you mean shapes-sd3?"), ("a b", "no hub repository")]
+)
+def test_models_that_are_not_there(ground, no_weights, photo, model, says):
+    _refused(ground(photo, "a star", model=model), says)
+
+
+def test_pictures_that_cannot_be_read(ground, no_weights, tmp_path, photo):
+    _refused(ground(tmp_path / "no.png", "a star"), "no picture")
+    (tmp_path / "text.png").write_text("no picture")
+    _refused(ground(tmp_path / "text.png", "a star"), "no picture that can be read")
+    (tmp_path / "empty").mkdir()
+    _refused(ground(tmp_path / "empty", "a star"), "holds no picture")
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for index in range(2):
+        Image.new("RGB", (32, 32)).save(frames / f"{index}.png")
+    _refused(ground(frames, "a star"), "reads single pictures")
+    Image.new("RGB", (16, 16)).save(frames / "2.png")
+    _refused(ground(frames, "a star"), "different sizes")
+
+
+def test_pipelines_that_do_not_ground(ground, no_weights, tiny_model, photo, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    index = json.loads((tiny_model / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))
+    _refused(ground(photo, "a star", model=folder), "reads pictures with StableDiffusion3Pipeline")
+    (folder / "model_index.json").write_text(json.dumps({**index, "vae": ["my_code", "Autoencoder"]}))
+    _refused(ground(photo, "a star", model=folder), "comes from 'my_code'")
+
+
+def test_sizes_and_weights_that_turn_out_wrong_later(ground, photo, tmp_path):
+    done = ground(photo, "a star", "--size", "30x32")
+    assert done.exit_code == 2
+    assert "multiples of 8" in done.stderr
+    done = ground(photo, "a star", "--set", "mask=sam", "--set", f"sam={tmp_path}")
+    assert done.exit_code == 2
+    assert "config.json" in done.stderr
+
+
+def test_out_that_is_a_file(ground, photo, tmp_path):
+    (tmp_path / "taken").write_text("")
+    _refused(ground(photo, "a star", out=tmp_path / "taken"), "cannot be a folder")
+
+
+def test_generate_says_where_grounding_is(generate, no_weights):
+    done = generate("a red star", "--method", "refam")
+    assert done.exit_code == 2
+    assert "diffctrl ground" in done.stderr
+
+
+def test_the_embedded_model_finds_shapes(run, tmp_path):
+    made = referring_set("colour", 4, seed=9)
+    pictures, masks = worlds.render(made.scenes, 128)
+    hits = 0
+    for index, item in enumerate(made.items):
+        path = tmp_path / f"{index}.png"
+        Image.fromarray((pictures[index] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path)
+        done = run("ground", path, item.expression, "--out", tmp_path / "out")
+        assert done.exit_code == 0, done.stderr
+        assert "seen as it is" in done.stderr
+        record = next(line for line in done.stdout.split() if line.endswith(".json"))
+        x, y = json.loads(open(record, encoding="utf-8").read())["point"]
+        hits += bool(masks[index, item.target][int(y), int(x)] > 0.5)
+    assert hits >= 3  # colours are what the model knows best; chance is well below one
+
+
+def _refused(done, says):
+    assert done.exit_code == 2, done.stderr
+    assert says in done.stderr
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("diffctrl: ")
+    assert done.stdout == ""
