@@ -54,7 +54,8 @@ class CaptureAttnProcessor(ControlAttnProcessor):
         if max_bytes <= 0:
             raise ValueError(f"max_bytes={max_bytes} is not accepted; give a number of bytes above 0")
         self.specs: dict[str, CaptureSpec] = dict(named)
-        self._max_bytes, self._route = max_bytes, route
+        self._max_bytes = max_bytes
+        self._route: Route | None = route
         self._collectors: dict[int, tuple[Context, Collector]] = {}
         tells_rows = any(spec.rows != "all" for spec in self.specs.values())
         self.contributes = Contributions(tells_rows=tells_rows, reads_tokens=True)
@@ -96,8 +97,8 @@ class CaptureAttnProcessor(ControlAttnProcessor):
             return
         if getattr(site.module.processor, "_parallel_config", None) is not None:
             raise RuntimeError(
-                f"{self.describe()} needs all keys of a query, which context parallelism splits over devices; "
-                "turn parallelism off for the capture"
+                f"{self.describe()} needs every key of a query, which context parallelism splits over "
+                "devices; turn parallelism off for the capture"
             )
         run_task(ticket, call, lse)
 

@@ -32,6 +32,8 @@ from diffctrl.families import Call, Site, Span
 # Additive masks of stock models write -10000 or the least number for "not attended".
 _MASKED = -1000.0
 Grid = tuple[int, int, int]
+# A span of the sequence, and (B, T) which of its tokens stands at each place, where that is another one.
+Place = tuple[Span | None, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +113,10 @@ class Task:
         for group in self._groups:
             spec = group.targets[0].spec
             order = None if text_order is None else text_order[group.batch.start : group.batch.stop]
-            spans = {"image": (image, None), "text": (text, order)}
-            rows = _tokens("only_queries", _chosen_queries(spec, group.grid), *spans[spec.queries], query)
-            columns = _tokens("only_keys", spec.only_keys, *spans[spec.keys], key)
+            places: dict[str, Place] = {"image": (image, None), "text": (text, order)}
+            chosen = _chosen_queries(spec, group.grid)
+            rows = _tokens("only_queries", chosen, places[spec.queries], query.device)
+            columns = _tokens("only_keys", spec.only_keys, places[spec.keys], query.device)
             valid = None
             if mask is not None and spec.queries == "text":
                 valid = _valid(
@@ -173,10 +176,17 @@ def _(ticket: Tensor, *args: Any) -> None:
     return None
 
 
-def _run(ticket: Tensor, *given: Any) -> None:
-    *tensors, spans = given
-    text = Span(*spans[2:]) if len(spans) > 2 else None
-    _TASKS[int(ticket[0])].run(*tensors, Span(*spans[:2]), text)
+def _run(
+    ticket: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    attn_mask: Tensor | None,
+    text_order: Tensor | None,
+    spans: list[int],
+) -> None:
+    image, text = Span(spans[0], spans[1]), Span(spans[2], spans[3]) if len(spans) > 2 else None
+    _TASKS[int(ticket[0])].run(query, key, lse, attn_mask, text_order, image, text)
 
 
 def run_task(ticket: Tensor, call: Call, lse: Tensor | None) -> None:
@@ -185,12 +195,9 @@ def run_task(ticket: Tensor, call: Call, lse: Tensor | None) -> None:
     if call.text is not None:
         spans += [call.text.start, call.text.stop]
     lse = None if lse is None else lse.detach()
-    given = ticket, call.query.detach(), call.key.detach(), lse, call.attention_mask, call.text_order, spans
+    run: Any = _capture_op if torch.compiler.is_compiling() else _run
     with torch.no_grad():
-        if torch.compiler.is_compiling():
-            _capture_op(*given)
-        else:
-            _run(*given)
+        run(ticket, call.query.detach(), call.key.detach(), lse, call.attention_mask, call.text_order, spans)
 
 
 def _chosen_queries(spec: CaptureSpec, grid: Grid | None) -> tuple[int, ...] | None:
@@ -202,20 +209,16 @@ def _chosen_queries(spec: CaptureSpec, grid: Grid | None) -> tuple[int, ...] | N
     return tuple(frame * size + token for frame in frames for token in range(size))
 
 
-def _tokens(
-    name: str, only: tuple[int, ...] | None, span: Span | None, order: Tensor | None, like: Tensor
-) -> Tokens:
-    """Positions in the sequence of some tokens of a span.
-
-    order: (B, T): which token of the prompt stands at each place of the span, where that differs.
-    """
+def _tokens(name: str, only: tuple[int, ...] | None, place: Place, device: torch.device) -> Tokens:
+    """Positions in the sequence of some tokens of a place."""
+    span, order = place
     assert span is not None
     chosen = within(name, only, span.length)
     if order is not None:
-        return Tokens.at(span.start + order.argsort(dim=1).index_select(1, _index(chosen, 0, like.device)))
+        return Tokens.at(span.start + order.argsort(dim=1).index_select(1, _index(chosen, 0, device)))
     if chosen == tuple(range(chosen[0], chosen[0] + len(chosen))):
         return Tokens(span.start + chosen[0], len(chosen))
-    return Tokens.at(_index(chosen, span.start, like.device))
+    return Tokens.at(_index(chosen, span.start, device))
 
 
 @lru_cache(maxsize=64)

@@ -121,7 +121,8 @@ class Collector:
         self, specs: Mapping[str, CaptureSpec], sites: Sequence[Site], max_bytes: int, route: Route | None
     ) -> None:
         self.entries = {name: _Entry(spec, chosen_sites(spec, sites)) for name, spec in specs.items()}
-        self._max_bytes, self._route = max_bytes, route
+        self._max_bytes = max_bytes
+        self._route: Route | None = route
         self._tasks: dict[str, Task] = {}
 
     def begin(self, context: Context) -> dict[str, Tensor]:

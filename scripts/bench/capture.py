@@ -65,7 +65,7 @@ TINY = Shape(2, 2, 2, 16, 64, 12, (4, 6, 6))
 def flux(shape: Shape, device: str) -> nn.Module:
     """The transformer with random weights, made where it runs: 24 GB need no host memory and no minutes."""
     with torch.device("meta"):
-        model = FluxTransformer2DModel(
+        model: Any = FluxTransformer2DModel(
             num_layers=shape.double,
             num_single_layers=shape.single,
             attention_head_dim=shape.dim,
