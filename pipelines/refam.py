@@ -16,16 +16,10 @@ import diffctrl
 from diffctrl.pipelines.base import ControlledPipelineMixin
 from diffctrl.pipelines.refam_finish import Seen, finish
 from diffctrl.pipelines.refam_input import check_size, clip_length, fitted_size, pixels_of, resized
-from diffctrl.pipelines.refam_readers import (
-    FluxReader,
-    MochiReader,
-    Reader,
-    SD3Reader,
-    TextRows,
-    WanReader,
-)
+from diffctrl.pipelines.refam_models import FluxReader, MochiReader, SD3Reader, WanReader
+from diffctrl.pipelines.refam_readers import Reader, TextRows
 from diffctrl.processors.refam import RefAMAttnProcessor
-from diffctrl.refam import Grounding, Piece, RefAMConfig, Weights, encode, score, token_table
+from diffctrl.refam import Grounding, RefAMConfig, Weights, score
 from diffctrl.refam.sam import Segmenter
 from diffctrl.refam.scoring import unsettled
 
@@ -112,8 +106,8 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
             image: a picture, or a video for the video models; see `refam_input.pixels_of`.
             expression: one, or a list, which gives a list of results.
             config: settings; without it, `self.refam`.
-            size: (height, width) at which the model sees the picture; by default its own area in the picture's
-                proportions.
+            size: (height, width) at which the model sees the picture; by default its own area in the
+                picture's proportions.
             frames: of a video, how many are read at most; by default 7 latent frames.
             batch_size: expressions in one forward.
             settings: fields of `RefAMConfig` for this call.
@@ -202,7 +196,8 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         expression = prompt if expression is None else " ".join(expression.split())
         if not expression or expression not in prompt:
             raise ValueError(
-                f"{expression!r} is not a part of the prompt {prompt!r}, word for word; maps are of words in it"
+                f"{expression!r} is not a part of the prompt {prompt!r}, word for word; maps are of words "
+                f"in it"
             )
         chosen = self._settings(config, dict(settings or {}))
         chosen = replace(
@@ -217,7 +212,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         # Of Wan 2.2's two models the first one runs through the noisy half, where the places are decided.
         name = next(iter(processor.contexts_read()))
         weights, grid = processor.weights(model=name)[0], processor.grid(model=name)
-        table = self._table_of(prompt, expression, chosen, weights.i2t.shape[1])
+        table = self.reader.prompt_table(prompt, expression, chosen, weights.i2t.shape[1])
         pixels = _drawn_pixels(output)
         size = (pixels.shape[-2], pixels.shape[-1]) if pixels is not None else (grid[1], grid[2])
         shown = pixels if pixels is not None else torch.zeros(1, 3, *size)
@@ -228,7 +223,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         )
         return Drawing(output, found)
 
-    # --- parts --------------------------------------------------------------------------------------------------
+    # --- parts ----------------------------------------------------------------------------------------------
 
     def _settings(self, config: RefAMConfig | None, settings: Mapping[str, Any]) -> RefAMConfig:
         base = config if config is not None else self.refam
@@ -238,7 +233,8 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         if config.sam is None:
             return None
         if self._segmenter is None or self._segmenter.name != config.sam:
-            self._segmenter = Segmenter(config.sam, device=self._execution_device)  # type: ignore[attr-defined]
+            device = self._execution_device  # type: ignore[attr-defined]
+            self._segmenter = Segmenter(config.sam, device=device)
         return self._segmenter
 
     def _tasks(
@@ -352,25 +348,6 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         height, width = (side // self.reader.multiple for side in task.seen.model_size)
         assert task.weights is not None
         return task.weights.i2t.shape[-1] // (height * width), height, width
-
-    def _table_of(self, prompt: str, expression: str, config: RefAMConfig, length: int) -> Any:
-        """The token table of a prompt as the pipeline pads it."""
-        runs = []
-        left = length
-        streams = self.reader.streams
-        for stream in streams:
-            encoded = encode(stream.tokenizer, prompt, limit=stream.limit)
-            rows = left if stream is streams[-1] else stream.limit
-            left -= rows
-            padding = rows - len(encoded)
-            if padding < 0:
-                raise ValueError(f"the prompt is {len(encoded)} tokens for {stream.name}, of {rows} at most")
-            runs.append(
-                Piece(
-                    encoded=encoded, role="expression", encoder=stream.name, padding=padding, after="context"
-                )
-            )
-        return token_table(expression, runs, phrase=config.noun_phrase)
 
 
 def _checked(expression: Any) -> str:

@@ -46,7 +46,8 @@ def pixels_of(picture: Any) -> Tensor:
         )
     if picture.ndim not in (3, 4) or picture.shape[-3] != 3 or not picture.is_floating_point():
         raise ValueError(
-            f"a {picture.dtype} tensor of shape {tuple(picture.shape)} is no picture: (3, H, W) or (F, 3, H, W), "
+            f"a {picture.dtype} tensor of shape {tuple(picture.shape)} is no picture: (3, H, W) or (F, 3, "
+            f"H, W), "
             "float in [0, 1]"
         )
     pixels = picture.reshape(-1, *picture.shape[-3:]).float().cpu()
@@ -56,7 +57,7 @@ def pixels_of(picture: Any) -> Tensor:
 
 
 def fitted_size(height: int, width: int, reader: Reader) -> tuple[int, int]:
-    """The size at which a model sees a picture: about its own area, the picture's proportions, whole tokens."""
+    """The size at which a model sees a picture: its own area, about, and the picture's proportions."""
     scale = math.sqrt(reader.area / (height * width))
     longest = reader.longest_side or math.inf
 
@@ -92,7 +93,7 @@ def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def clip_length(frames: int, reader: Reader, wanted: int | None, latent_frames: int = 7) -> int:
-    """How many frames of a video are read: 1 + whole chunks, `wanted` or what `latent_frames` hold at most."""
+    """How many frames of a video are read: 1 + whole chunks, at most `wanted` or the latent frames'."""
     if reader.frame_step == 0:
         return 1
     most = min(frames, wanted if wanted is not None else 1 + reader.frame_step * (latent_frames - 1))

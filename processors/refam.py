@@ -68,7 +68,8 @@ class RefAMAttnProcessor(CaptureAttnProcessor):
             names += ["text_mass", "t2i"] if self.config.direction == "t2i" else ["text_mass"]
         elif self.config.direction == "t2i":
             raise ValueError(
-                f"direction='t2i' reads where text queries look, and {found[0].family.title} has none: its text "
+                f"direction='t2i' reads where text queries look, and {found[0].family.title} has none: "
+                f"its text "
                 "is read by cross-attention; use direction='i2t'"
             )
         return {name: replace(self.specs[name], **which) for name in names}

@@ -311,7 +311,8 @@ def _calibrate(pipe: Any, options: argparse.Namespace) -> RefAMConfig:
     samples = world_samples(options.validation, seed=VALIDATION_SEED)
     calibration = Calibration(pipe, samples, options.batch)
     best = calibration.run(RefAMConfig())
-    tried = sorted(calibration.tried, key=lambda each: each.value, reverse=True)
+    unlike = {each.config: each for each in calibration.tried}.values()
+    tried = sorted(unlike, key=lambda each: each.value, reverse=True)
     default = RefAMConfig().as_dict()
     settings = {name: value for name, value in best.config.as_dict().items() if value != default[name]}
     evidence = {
@@ -322,7 +323,7 @@ def _calibrate(pipe: Any, options: argparse.Namespace) -> RefAMConfig:
         "versions": versions(),
         "tried": len(tried),
         "chosen": best.as_dict(),
-        "runners_up": [each.as_dict() for each in tried[1:6]],
+        "runners_up": [each.as_dict() for each in tried if each.config != best.config][:5],
         "best_of_each": _best_of_each(tried),
     }
     path = options.preset or FOLDER / f"{options.model}.json"

@@ -4,8 +4,8 @@ RefCOCO, RefCOCO+ and RefCOCOg, as the REFER toolkit lays them out, with the ref
 
     FOLDER/refcoco/refs(unc).json  FOLDER/refcoco/instances.json  FOLDER/images/mscoco/images/train2014/*.jpg
 
-The toolkit keeps references in a pickle, which is code and is not read here. Whoever trusts theirs converts it:
-`python -c "import json, pickle; json.dump(pickle.load(open('refs(unc).p', 'rb'), encoding='utf-8'),
+The toolkit keeps references in a pickle, which is code and is not read here. Whoever trusts theirs converts
+it: `python -c "import json, pickle; json.dump(pickle.load(open('refs(unc).p', 'rb'), encoding='utf-8'),
 open('refs(unc).json', 'w'))"`.
 
 Ref-DAVIS17, as DAVIS 2017 with the first annotator's expressions:
@@ -43,7 +43,8 @@ class Sample:
         scene: samples of one scene are not independent.
         expression: what is asked.
         picture: gives a PIL image, a (3, H, W) tensor, or a list of frames.
-        truth: gives the (H, W) bool mask, or the (F, H, W) masks of a video; all False where nothing is meant.
+        truth: gives the (H, W) bool mask, or the (F, H, W) masks of a video; all False where nothing is
+            meant.
     """
 
     split: str

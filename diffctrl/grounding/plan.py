@@ -159,8 +159,8 @@ def _phrases(request: GroundRequest) -> tuple[str, ...]:
     phrases = [" ".join(phrase.split()) for phrase in phrases if phrase.strip()]
     if not phrases:
         raise BadRequestError(
-            'there is no expression; write one, as in `diffctrl ground photo.png "the red cup"`, or name a file '
-            "with --phrases"
+            'there is no expression; write one, as in `diffctrl ground photo.png "the red cup"`, or name '
+            "a file with --phrases"
         )
     return tuple(dict.fromkeys(phrases))
 
@@ -259,7 +259,8 @@ def _check_text(source: ModelSource, grounder: Grounder, config: Any, phrases: t
         tokens = len(tokenizer(phrase).input_ids)
         if tokens > limit:
             raise BadRequestError(
-                f"the expression {phrase[:40]!r}... is too long for {source.name}: {tokens} tokens, of {limit} "
+                f"the expression {phrase[:40]!r}... is too long for {source.name}: {tokens} tokens, of "
+                f"{limit} "
                 "at most"
             )
 

@@ -48,8 +48,8 @@ class RefAMConfig:
     The paper's body was not available: what it does not show is our choice and marked so in `docs/refam.md`.
 
     Args:
-        magnets: words that draw attention and are thrown away. A colour that the expression says makes way for
-            another one.
+        magnets: words that draw attention and are thrown away. A colour that the expression says makes way
+            for another one.
         magnet_encoding: "separate" encodes each magnet by itself with its own end token (as the paper's
             figures show), "joint" appends them to the text, "none" uses none.
         stop_words: whether articles, prepositions, pronouns, auxiliaries and punctuation are left out.
@@ -76,12 +76,13 @@ class RefAMConfig:
         seed: of the first draw.
         guidance: for models that take an embedded guidance scale.
         spatial_bias: whether "on the left" and such weigh the map with a ramp that ends at `bias_floor`.
-        mask: "region" is the part around the point at half of the range, "mean" all above the mean, "otsu" all
-            above Otsu's threshold, "sam" asks a segmentation model that `sam` names.
+        mask: "region" is the part around the point at half of the range, "mean" all above the mean, "otsu"
+            all above Otsu's threshold, "sam" asks a segmentation model that `sam` names.
         sam: folder or hub name of SAM, SAM 2 or SAM 2 video weights.
         sam_choice: of SAM's masks, the best "score" among those that are warm inside ("heat"), or simply the
             best score.
-        anchor: of a video, the frame that is pointed at: "first", or "best", the one with the most compact map.
+        anchor: of a video, the frame that is pointed at: "first", or "best", the one with the most compact
+            map.
         pieces: the map of a word is the mean over "all" of its pieces, or the "first".
         caption: what the picture shows, for the pooled text vector; None takes the expression.
         caption_as_prefix: the caption also stands before the expression as context.

@@ -21,9 +21,11 @@ class Grounding:
         expression: what was asked for.
         point: (x, y) in pixels of the picture that was given, not of the model's.
         mask: (H, W) bool, on the CPU.
-        box: (left, top, right, bottom) of the mask in pixels, right and bottom exclusive; None if it is empty.
+        box: (left, top, right, bottom) of the mask in pixels, right and bottom exclusive; None if it is
+            empty.
         heat: (h, w) float32 on the token grid, spatial bias included.
-        word_maps: (h, w) float32 per word with tokens; the key is the word, "word#2" for its second occurrence.
+        word_maps: (h, w) float32 per word with tokens; the key is the word, "word#2" for its second
+            occurrence.
         table: every text token: word, kind, whether its column was summed, how many blocks called it a sink.
         sinks: indices of the sinks in the table.
         flags: what went another way than planned, in words.

@@ -1,7 +1,7 @@
 """Masks by SAM, SAM 2 or SAM 2 video of transformers, for users who have the weights. One positive point.
 
-SAM 2's processors of transformers need torchvision; what they do to a picture and a point is a few lines, which
-are here.
+SAM 2's processors of transformers need torchvision; what they do to a picture and a point is a few lines,
+which are here.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def chosen_mask(masks: Tensor, scores: Tensor, heat: Tensor, choice: SamChoice) 
     """One of SAM's masks.
 
     "score" is SAM's own choice. With one point it often takes a part of the object; "heat" takes the best
-    score among the masks that are warmer inside than the picture on average, and the best score where none is.
+    score among the masks that are warmer inside than the picture on average, and the best score where none
+    is.
 
     Args:
         masks: (K, H, W) bool. scores: (K,). heat: (h, w).

@@ -212,6 +212,6 @@ def word_map(weights: Weights, columns: Sequence[int], config: RefAMConfig) -> T
 
 
 def unsettled(scored: Scored) -> tuple[int, ...]:
-    """Sinks that no magnet, stop word or special token took: for sinks='redirect', which adds a magnet then."""
+    """Sinks that no magnet, stop word or special token took; sinks='redirect' adds a magnet then."""
     harmless = ("magnet", "stop", "special", "pad", "context")
     return tuple(i for i in scored.sinks if scored.table.tokens[i].kind not in harmless)

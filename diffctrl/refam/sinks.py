@@ -1,8 +1,8 @@
 """Global attention sinks: text tokens that every query attends, strongly and alike (the paper's GAS).
 
-The paper describes them and gives no rule; the statistic is ours. A token is flagged in a block where its mean
-column is far above the median of the text columns, and its image column is nearly uniform. Early blocks have
-none and do not vote.
+The paper describes them and gives no rule; the statistic is ours. A token is flagged in a block where its
+mean column is far above the median of the text columns, and its image column is nearly uniform. Early blocks
+have none and do not vote.
 """
 
 from __future__ import annotations

@@ -46,14 +46,16 @@ def encode(tokenizer: Any, text: str, *, limit: int | None = None) -> Encoded:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
-            f"{type(tokenizer).__name__} gives no character offsets, which tell the tokens of a word; load the "
+            f"{type(tokenizer).__name__} gives no character offsets, which tell the tokens of a word; "
+            f"load the "
             "tokenizer with a tokenizer.json (the fast class)"
         )
     found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False)
     ids = tuple(found["input_ids"])
     if limit is not None and len(ids) > limit:
         raise ValueError(
-            f"{text!r} is {len(ids)} tokens for {type(tokenizer).__name__}, of {limit} at most; words beyond it "
+            f"{text!r} is {len(ids)} tokens for {type(tokenizer).__name__}, of {limit} at most; words "
+            f"beyond it "
             "would have no map. Shorten the expression"
         )
     return Encoded(

@@ -126,7 +126,8 @@ def find_word(words: Sequence[Word], text: str, occurrence: int = 0) -> int:
         )
     if not 0 <= occurrence < len(places):
         raise ValueError(
-            f"the word {text!r} occurs {len(places)} time(s), so occurrence must be below that; got {occurrence}"
+            f"the word {text!r} occurs {len(places)} time(s), so occurrence must be below that; got "
+            f"{occurrence}"
         )
     return places[occurrence]
 
@@ -198,7 +199,8 @@ def _chunk(words: Sequence[Word], text: str, *, needed: bool) -> frozenset[int]:
     except (ImportError, OSError) as error:
         if needed:
             raise ImportError(
-                "noun_phrase='spacy' needs spaCy and its model en_core_web_sm (`pip install spacy`, `python -m "
+                "noun_phrase='spacy' needs spaCy and its model en_core_web_sm (`pip install spacy`, "
+                "`python -m "
                 "spacy download en_core_web_sm`); use noun_phrase='rules'"
             ) from error
         return frozenset()
@@ -251,7 +253,8 @@ def magnet_colour(colours: Sequence[str], words: Sequence[Word]) -> str:
         if not said & (_NEAR.get(colour, set()) | {colour}):
             return colour
     raise ValueError(
-        f"the expression says every colour that could be a magnet ({', '.join(colours)}); name magnets yourself"
+        f"the expression says every colour that could be a magnet ({', '.join(colours)}); name magnets "
+        f"yourself"
     )
 
 

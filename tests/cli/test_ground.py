@@ -1,6 +1,7 @@
 """`diffctrl ground`: files and their recipe; bad input in one sentence, before weights are loaded."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_writes_overlay_mask_and_recipe(ground, photo, tmp_path):
     assert done.exit_code == 0, done.stderr
     overlay, mask, record = done.stdout.split("\n")[:3]
     assert overlay.startswith(str(tmp_path / "out" / "my-photo-"))
-    found = json.loads(open(record, encoding="utf-8").read())
+    found = json.loads(Path(record).read_text(encoding="utf-8"))
     assert np.asarray(Image.open(mask)).shape == (45, 70)
     assert (np.asarray(Image.open(mask)) > 0).sum() == found["mask_pixels"]
     x, y = found["point"]
@@ -53,7 +54,7 @@ def test_writes_overlay_mask_and_recipe(ground, photo, tmp_path):
     assert PHRASE.replace(" ", "-") not in overlay  # nothing of the words is in a file name
     again = ground(photo, PHRASE)
     assert again.stdout == done.stdout
-    assert json.loads(open(record, encoding="utf-8").read())["point"] == [x, y]
+    assert json.loads(Path(record).read_text(encoding="utf-8"))["point"] == [x, y]
 
 
 def test_many_expressions_and_settings(ground, photo, tmp_path):
@@ -65,7 +66,7 @@ def test_many_expressions_and_settings(ground, photo, tmp_path):
     assert done.exit_code == 0, done.stderr
     paths = done.stdout.split()
     assert len(paths) == 9
-    records = [json.loads(open(p, encoding="utf-8").read()) for p in paths if p.endswith(".json")]
+    records = [json.loads(Path(p).read_text(encoding="utf-8")) for p in paths if p.endswith(".json")]
     assert [r["expression"] for r in records] == ["a cross", "the red star", "the blue ring"]
     assert {r["settings"]["mask"] for r in records} == {"mean"}
     assert records[0]["model_size"] == [32, 32]
@@ -165,7 +166,7 @@ def test_the_embedded_model_finds_shapes(run, tmp_path):
         assert done.exit_code == 0, done.stderr
         assert "seen as it is" in done.stderr
         record = next(line for line in done.stdout.split() if line.endswith(".json"))
-        x, y = json.loads(open(record, encoding="utf-8").read())["point"]
+        x, y = json.loads(Path(record).read_text(encoding="utf-8"))["point"]
         hits += bool(masks[index, item.target][int(y), int(x)] > 0.5)
     assert hits >= 3  # colours are what the model knows best; chance is well below one
 

@@ -1,4 +1,5 @@
-"""Tiny, randomly initialised, real pipelines with text encoders, tokenizers and autoencoders, for grounding."""
+"""Tiny, randomly initialised, real pipelines with text encoders, tokenizers and autoencoders, for
+grounding."""
 
 from __future__ import annotations
 

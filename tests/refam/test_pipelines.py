@@ -197,7 +197,7 @@ def test_mochi_counts_noise_from_the_other_end():
     assert seen == [700.0]
 
 
-# --- what users may ask ---------------------------------------------------------------------------------------
+# --- what users may ask -------------------------------------------------------------------------------------
 
 
 def test_several_expressions_and_settings_of_a_call():
@@ -322,8 +322,12 @@ def test_a_caption_feeds_the_pooled_vector_and_may_stand_before():
 def test_concluding_from_read_attention_equals_grounding():
     pipe, pairs = sd3(), [(picture(), PHRASE)]
     read = pipe.weigh(pairs, RefAMConfig(blocks="0-1"))[0]
-    for blocks in ("0", "1", "0-1"):
-        config = RefAMConfig(blocks=blocks, mask="otsu")
+    for settings in (
+        {"blocks": "0", "mask": "otsu"},
+        {"blocks": "1", "noun_phrase": "off"},
+        {"blocks": "0-1", "stop_words": False, "sinks": "off"},
+    ):
+        config = RefAMConfig(**settings)
         torch.testing.assert_close(pipe.conclude(read, config).heat, pipe(*pairs[0], config=config).heat)
     assert unsettled(read and _scored(pipe, read)) == ()
 
@@ -334,7 +338,7 @@ def _scored(pipe, read):
     return score(read.weights, read.rows.table, RefAMConfig(sinks="off"), encoder="t5")
 
 
-# --- video ----------------------------------------------------------------------------------------------------
+# --- video --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "length", "latent"), [("wan", 5, 3), ("mochi", 7, 2)])
@@ -378,7 +382,7 @@ def test_wan_of_two_models_reads_with_the_one_of_the_noise_level():
     assert not torch.allclose(found.heat, wan()(picture(), PHRASE, size=SIZES["wan"], sigma=0.5).heat)
 
 
-# --- while drawing --------------------------------------------------------------------------------------------
+# --- while drawing ------------------------------------------------------------------------------------------
 
 DRAW = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 32}
 

@@ -32,8 +32,8 @@ _WIDTH = 128
 
 def _sam(folder):
     vision = SamVisionConfig(
-        hidden_size=16, output_channels=8, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=8,
-        window_size=2, global_attn_indexes=[0], num_pos_feats=4, mlp_dim=16,
+        hidden_size=16, output_channels=8, num_hidden_layers=1, num_attention_heads=2, image_size=64,
+        patch_size=8, window_size=2, global_attn_indexes=[0], num_pos_feats=4, mlp_dim=16,
     )  # fmt: skip
     prompt = SamPromptEncoderConfig(hidden_size=8, image_size=64, patch_size=8, mask_input_channels=4)
     decoder = SamMaskDecoderConfig(
@@ -48,9 +48,9 @@ def _sam(folder):
 
 def _vision2():
     backbone = Sam2HieraDetConfig(
-        hidden_size=8, num_attention_heads=1, blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1, 1, 1, 1], window_size_per_stage=[4, 2, 4, 2], global_attention_blocks=[3],
-        image_size=[64, 64], window_positional_embedding_background_size=[4, 4],
+        hidden_size=8, num_attention_heads=1, blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32,
+        64], num_attention_heads_per_stage=[1, 1, 1, 1], window_size_per_stage=[4, 2, 4, 2],
+        global_attention_blocks=[3], image_size=[64, 64], window_positional_embedding_background_size=[4, 4],
     )  # fmt: skip
     return Sam2VisionConfig(
         backbone_config=backbone,
@@ -62,7 +62,8 @@ def _vision2():
 
 _PROMPT = {"hidden_size": _WIDTH, "image_size": 64, "patch_size": 16, "mask_input_channels": 4}
 _DECODER = {
-    "hidden_size": _WIDTH, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 16
+    "hidden_size": _WIDTH, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "iou_head_hidden_dim": 16
 }  # fmt: skip
 
 
@@ -82,8 +83,9 @@ def _sam2_video(folder):
         mask_decoder_config=Sam2VideoMaskDecoderConfig(**_DECODER),
         image_size=64, num_maskmem=3, memory_attention_hidden_size=_WIDTH, memory_attention_num_layers=1,
         memory_attention_feed_forward_hidden_size=16, memory_attention_rope_feat_sizes=[4, 4],
-        memory_encoder_hidden_size=_WIDTH, memory_encoder_output_channels=64, mask_downsampler_embed_dim=_WIDTH,
-        memory_fuser_num_layers=1, memory_fuser_embed_dim=_WIDTH, memory_fuser_intermediate_dim=16,
+        memory_encoder_hidden_size=_WIDTH, memory_encoder_output_channels=64,
+        mask_downsampler_embed_dim=_WIDTH, memory_fuser_num_layers=1, memory_fuser_embed_dim=_WIDTH,
+        memory_fuser_intermediate_dim=16,
     )  # fmt: skip
     Sam2VideoModel(config).save_pretrained(folder)
 

@@ -191,7 +191,7 @@ def test_some_of_the_blocks():
         weights.only((60, 7))
 
 
-# --- the planted oracle ---------------------------------------------------------------------------------------
+# --- the planted oracle -------------------------------------------------------------------------------------
 
 OBJECT = (slice(3, 8), slice(9, 14))
 
@@ -230,7 +230,7 @@ def test_scoring_equals_the_slow_reference():
     torch.testing.assert_close(found.heat, summed_columns(whole, range(5, 11), [1, 2]))
 
 
-# --- settings -------------------------------------------------------------------------------------------------
+# --- settings -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

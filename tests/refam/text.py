@@ -11,7 +11,8 @@ from diffctrl.refam import Encoded, encode
 
 # "a" and "." have no piece of their own with a "▁", as in T5's vocabulary.
 _WORDS = (
-    "largest orange gold with the pink purple red cube left circle above green cross on in man black vest one "
+    "largest orange gold with the pink purple red cube left circle above green cross on in man black vest "
+    "one "
     "no two to cup of plate lamp and it right square fish"
 )
 

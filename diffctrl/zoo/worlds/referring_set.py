@@ -1,8 +1,8 @@
 """The referring set: scenes with an expression, the words in it, and the object that it is true of alone.
 
-Scenes come from the stream "test", which no embedded model was trained on. A scene is kept where it holds what
-the split is about, distractors included, and where the expression's own predicate, evaluated on all objects,
-names the target and nothing else. (version, split, seed) gives the same items everywhere.
+Scenes come from the stream "test", which no embedded model was trained on. A scene is kept where it holds
+what the split is about, distractors included, and where the expression's own predicate, evaluated on all
+objects, names the target and nothing else. (version, split, seed) gives the same items everywhere.
 """
 
 from __future__ import annotations
