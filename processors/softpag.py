@@ -189,7 +189,9 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
         made: dict[str, Any] = {}
         for name, strength in self._strengths(list(context.sites.values())).items():
             if self.config.kind in LAYER_KINDS:
-                made[name] = self._of_layer(context, context.sites[name], float(strength[0]), rows)
+                made[name] = self._of_layer(context, context.sites[name], float(strength[0]), rows).to(
+                    info.device
+                )
             elif self._plain:
                 weight = torch.zeros(rows.total, len(strength))
                 weight[rows.perturbed[0] :] = strength
@@ -206,13 +208,13 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
         if self.config.kind != "token_shuffle":
             weight = torch.zeros(rows.total)
             weight[first:] = strength
-            return weight.to(context.info.device)
+            return weight
         frames, height, width = site.family.site_grid(context.grid(), site)
         order = torch.arange(frames * height * width).repeat(rows.total, 1)
         # Another order in each layer and step, the same in every run.
         seed = (context.step or 0) * 1009 + site.family.flat_layer(list(context.sites.values()), site)
         order[first:] = shuffled(order.shape[1], strength, seed)
-        return order.to(context.info.device)
+        return order
 
     @property
     def _plain(self) -> bool:

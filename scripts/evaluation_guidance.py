@@ -130,8 +130,12 @@ class Studio:
             part = missing[first : first + self._batch]
             with torch.no_grad():
                 made = self._pipe.encode_prompt(part, None, None, do_classifier_free_guidance=True, **length)
-            names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
-                     "negative_pooled_prompt_embeds")  # fmt: skip
+            names = (
+                "prompt_embeds",
+                "negative_prompt_embeds",
+                "pooled_prompt_embeds",
+                "negative_pooled_prompt_embeds",
+            )
             for index, prompt in enumerate(part):
                 rows = zip(names, made, strict=True)
                 self._encoded[prompt] = {name: value[index : index + 1] for name, value in rows}
