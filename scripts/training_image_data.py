@@ -16,12 +16,17 @@ from torch import Tensor
 
 from diffctrl.zoo import worlds
 from diffctrl.zoo.tokenizers import MAX_TOKENS, WordTokens
+from diffctrl.zoo.worlds.vocabulary import IN_FRONT_OF
 
 from .training_image_forward import to_rows
 
 SHAPES_SHARE = 0.45
 """Share of shape scenes; the rest are characters, which have more to learn: six fields, small ones too, each
 named in a part of the captions."""
+
+OVERLAP_SHARE = 0.25
+"""Share of the shape scenes that are pairs, one in front of the other, beyond those that the world has. At
+their natural 8 % the model drew one of five such pairs wrong, and nearly every other relation right."""
 
 _SCENES_A_CHUNK = 4096
 
@@ -32,13 +37,19 @@ def sample_scenes(count: int, *, seed: int, split: str = "train", workers: int =
     Args:
         count: number of scenes; the first `SHAPES_SHARE` are shapes, the rest characters.
         seed: seed of the whole draw.
-        split: "train", "test" or "heldout" (shapes only).
+        split: "train", where `OVERLAP_SHARE` of the shapes are overlapping pairs; "test" or "heldout" (shapes
+            only), as the world has them.
         workers: processes; 0 draws in this process.
     """
     shapes = count if split == "heldout" else round(count * SHAPES_SHARE)
-    jobs = _jobs("shapes", shapes, seed, split) + _jobs("characters", count - shapes, seed, split)
+    pairs = round(shapes * OVERLAP_SHARE) if split == "train" else 0
+    jobs = [
+        *_jobs("shapes", shapes - pairs, seed, split),
+        *_jobs("shapes", pairs, seed + 1, split, objects=(2,)),
+        *_jobs("characters", count - shapes, seed, split),
+    ]
     if workers < 2 or len(jobs) < 2:
-        return worlds.concatenate([worlds.sample(number, **options) for number, options in jobs])
+        return worlds.concatenate([_sample(job) for job in jobs])
     with ProcessPoolExecutor(max_workers=workers, mp_context=get_context("spawn")) as pool:
         parts = list(pool.map(_sample_arrays, jobs, chunksize=2))
     scenes = [
@@ -210,19 +221,28 @@ def worker_count() -> int:
     return max(1, (os.cpu_count() or 1) - 2)
 
 
-def _jobs(world: str, count: int, seed: int, split: str) -> list[tuple[int, dict[str, Any]]]:
+def _jobs(world: str, count: int, seed: int, split: str, **options: Any) -> list[tuple[int, dict[str, Any]]]:
     return [
         (
             min(_SCENES_A_CHUNK, count - first),
-            {"seed": seed, "index": first // _SCENES_A_CHUNK, "world": world, "split": split},
+            {"seed": seed, "index": first // _SCENES_A_CHUNK, "world": world, "split": split, **options},
         )
         for first in range(0, count, _SCENES_A_CHUNK)
     ]
 
 
+def _sample(job: tuple[int, dict[str, Any]]) -> worlds.Scenes:
+    """One chunk; of pairs only those that overlap, which are one in five."""
+    number, options = job
+    if "objects" not in options:
+        return worlds.sample(number, **options)
+    drawn = worlds.sample(8 * number + 64, **options)
+    overlapping = torch.nonzero(drawn.relation == IN_FRONT_OF).flatten()[:number]
+    return drawn.select(overlapping)
+
+
 def _sample_arrays(job: tuple[int, dict[str, Any]]) -> tuple[str, dict[str, np.ndarray]]:
     """One chunk as numpy arrays: tensors would travel between processes as open files, thousands of them."""
     torch.set_num_threads(1)
-    number, options = job
-    scenes = worlds.sample(number, **options)
+    scenes = _sample(job)
     return scenes.world, {name: value.numpy() for name, value in scenes.tensors().items()}

@@ -9,6 +9,7 @@ import torch
 from diffctrl.scripts import train_zoo_image
 from diffctrl.scripts.evaluation_image import HELD_OUT, ONE, suites
 from diffctrl.scripts.training_image_data import (
+    OVERLAP_SHARE,
     SHAPES_SHARE,
     CaptionedBatches,
     LatentPool,
@@ -29,6 +30,7 @@ from diffctrl.scripts.training_optimizer import (
 from diffctrl.zoo import worlds
 from diffctrl.zoo.models import ImageParts, ImageSize, image_parts, image_pipeline
 from diffctrl.zoo.tokenizers import WordTokens
+from diffctrl.zoo.worlds.vocabulary import IN_FRONT_OF
 
 SMALL = ImageSize(
     latent_size=8, vae_channels=(8, 16), layers=2, heads=2, head_dim=16, positions=12, text_width=16
@@ -135,6 +137,16 @@ def test_scenes_do_not_depend_on_workers_and_hold_both_worlds():
     assert int(scenes.character.sum()) == 50 - round(50 * SHAPES_SHARE)
     images = torch.cat(list(rendered_chunks(scenes, device=torch.device("cpu"), size=16, chunk=7)))
     torch.testing.assert_close(images, worlds.render(scenes, size=16)[0])
+
+
+def test_training_shows_more_overlapping_pairs_than_the_world_has():
+    def overlapping(split):
+        scenes = sample_scenes(400, seed=9, split=split)
+        assert len(scenes) == 400
+        return int((scenes.relation == IN_FRONT_OF).sum()) / int((~scenes.character).sum())
+
+    assert overlapping("train") > OVERLAP_SHARE
+    assert overlapping("test") < 0.15
 
 
 def test_a_pool_is_reused_only_for_its_source(tmp_path):
