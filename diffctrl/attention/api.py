@@ -114,7 +114,8 @@ def gives_lse(
         return not compiling and fused_on_cpu(query, key, value, attn_mask, backend)
     if compiling:
         return True
-    operands = Operands(*_autocast(query, key, value), 1.0, host)
+    query, key, value = _autocast(query, key, value)
+    operands = Operands(query, key, value, 1.0, host)
     needs_grad = _needs_grad(query, key, value)
     kernels = [
         choose(operands, needs_lse=needs_lse, needs_grad=needs_grad, kernel=None)[1].kernel.name

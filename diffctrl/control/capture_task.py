@@ -22,6 +22,7 @@ from diffctrl.attention.capture import (
     Tokens,
     accumulate,
     choose_route,
+    extra_bytes,
     weights,
 )
 from diffctrl.attention.capture.spec import within
@@ -60,6 +61,7 @@ class Group:
         targets: at least one.
         grid: (frames, rows, columns) of the site's image tokens, or None where no target needs it.
         tile_bytes: of scores at a time.
+        room: bytes that a route may need beside its tiles.
         route: the one to take, or None for the cheapest.
     """
 
@@ -67,6 +69,7 @@ class Group:
     targets: tuple[Target, ...]
     grid: Grid | None
     tile_bytes: int
+    room: int
     route: Route | None
 
 
@@ -128,19 +131,9 @@ class Task:
     def _collect(
         self, group: Group, call: AttentionCall, rows: Tokens, columns: Tokens, valid: Tensor | None
     ) -> None:
-        site, route = self._site, group.route
-        if route == "lse" and call.lse is None:
-            raise RuntimeError(
-                f"route='lse' was asked for, but the kernel of {site.name} gives no log-sum-exp without a "
-                "change of the output; leave route=None, or take 'chunked'"
-            )
-        if route == "second_call" and call.lists is not None:
-            raise RuntimeError(
-                f"route='second_call' was asked for, but {site.name} runs block lists, whose kernel gives "
-                "the log-sum-exp itself; leave route=None"
-            )
-        route = route or choose_route(call, rows.count, columns.count)
-        site.context.stats.record_capture(route)
+        route = group.route or choose_route(call, rows.count, columns.count, group.room)
+        self._check(route, call, extra_bytes(route, call, rows.count), group.room)
+        self._site.context.stats.record_capture(route)
         own = [
             target.total if target.grid is None else _site_total(target, group.grid)
             for target in group.targets
@@ -150,6 +143,25 @@ class Task:
         for target, total in zip(group.targets, own, strict=True):
             if target.grid is not None and group.grid is not None:
                 target.total.add_(_resized(target.spec, total, group.grid, target.grid))
+
+    def _check(self, route: Route, call: AttentionCall, needed: int, room: int) -> None:
+        """Refuse a route that was asked for and does not work here."""
+        name = self._site.name
+        if route == "lse" and call.lse is None:
+            raise RuntimeError(
+                f"route='lse' was asked for, but the kernel of {name} gives no log-sum-exp without a change "
+                "of the output; leave route=None, or take 'chunked'"
+            )
+        if route == "second_call" and call.lists is not None:
+            raise RuntimeError(
+                f"route='second_call' was asked for, but {name} runs block lists, whose kernel gives the "
+                "log-sum-exp itself; leave route=None"
+            )
+        if needed > room:
+            raise ValueError(
+                f"route={route!r} needs {needed} bytes in {name}, but max_bytes leaves {room}; leave "
+                "route=None, or raise max_bytes"
+            )
 
 
 _NUMBERS = itertools.count(1)

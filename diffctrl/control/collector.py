@@ -70,6 +70,16 @@ def chosen_sites(spec: CaptureSpec, sites: Sequence[Site]) -> dict[int, Site]:
     return chosen
 
 
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Shape of the total of one forward, and what is captured for it: batch rows, heads, keys."""
+
+    shape: tuple[int, ...]
+    rows: int
+    heads: int
+    keys: int
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     """One spec on one model."""
@@ -96,6 +106,15 @@ class _Entry:
         else:
             self.totals.append(self.running)
             self.running = None
+
+    def bytes(self, size: _Size, total_steps: int | None) -> int:
+        """Of all totals, once the run is over."""
+        if self.spec.steps == "each":
+            steps = len(self.spec.only_steps) if self.spec.only_steps else total_steps or 1
+            count = max(steps, len(self.totals) + 1)
+        else:
+            count = 2  # the running forward is added when it is whole
+        return 4 * math.prod(size.shape) * count
 
     def value(self) -> Tensor:
         forwards = len(self.steps) if self.spec.steps == "mean" else 1
@@ -131,11 +150,11 @@ class Collector:
         if not active:
             self._tasks = {}
             return {}
-        shapes = {name: _shape(entry, context, len(rows)) for name, entry, rows in active}
-        tile_bytes = self._tile_bytes(context, [(n, e, shapes[n]) for n, e, _ in active])
+        sizes = {name: _size(entry, context, len(rows)) for name, entry, rows in active}
+        tile_bytes, room = self._bytes(context, [(n, e, sizes[n]) for n, e, _ in active])
         groups: dict[str, dict[tuple, tuple[range, list[Target]]]] = {}
         for name, entry, rows in active:
-            spec, total = entry.spec, self._room(name, entry, shapes[name], context)
+            spec, total = entry.spec, self._zeros(name, entry, sizes[name].shape, context)
             key = (rows, spec.queries, spec.keys, spec.only_queries, spec.only_frames, spec.only_keys,
                    spec.only_heads)  # fmt: skip
             for place, site in enumerate(entry.blocks.values()):
@@ -150,7 +169,12 @@ class Collector:
                 sites[name],
                 [
                     Group(
-                        rows, tuple(targets), _grid_of(targets, context, sites[name]), tile_bytes, self._route
+                        rows,
+                        tuple(targets),
+                        _grid_of(targets, context, sites[name]),
+                        tile_bytes,
+                        room,
+                        self._route,
                     )
                     for rows, targets in found.values()
                 ],
@@ -188,43 +212,35 @@ class Collector:
         entry.step, entry.pending = context.step, {site.name for site in entry.blocks.values()}
         return range(min(span[0] for span in spans), max(span[1] for span in spans))
 
-    def _tile_bytes(self, context: Context, active: list[tuple[str, _Entry, tuple[int, ...]]]) -> int:
-        """Bytes of scores at a time, after what the totals need.
+    def _bytes(self, context: Context, active: list[tuple[str, _Entry, _Size]]) -> tuple[int, int]:
+        """Bytes of scores at a time, and what is left for a route to work in, after what the totals need.
 
         Raises:
-            ValueError: the totals do not fit into max_bytes.
+            ValueError: max_bytes leaves no room beside the totals.
         """
-        needed = {}
-        for name, entry, shape in active:
-            spec = entry.spec
-            if spec.steps == "each":
-                wanted = len(spec.only_steps) if spec.only_steps else context.total_steps or 1
-                count = max(wanted, len(entry.totals) + 1)
-            else:
-                count = 2  # the running forward is added when it is whole
-            needed[name] = 4 * math.prod(shape) * count
-        total, room = sum(needed.values()), self._max_bytes - sum(needed.values())
-        largest = max(active, key=lambda each: needed[each[0]])
-        heads = max(site.heads for _, entry, _ in active for site in entry.blocks.values())
-        least = _TILES * 4 * heads * largest[2][0] * max(largest[2][-1], 64)
+        assert context.info is not None
+        needed = {name: entry.bytes(size, context.total_steps) for name, entry, size in active}
+        room = self._max_bytes - sum(needed.values())
+        # Tiles hold at least one query, with all its heads and keys.
+        least = max(_TILES * 4 * size.rows * size.heads * size.keys for _, _, size in active)
         if room < least:
-            name, entry, shape = largest
+            name, entry, size = max(active, key=lambda each: needed[each[0]])
             names = [axis.replace("query", "querie") for axis in _axes(entry.spec)]
-            axes = ", ".join(f"{size} {axis}s" for size, axis in zip(shape, names, strict=True))
+            axes = ", ".join(f"{count} {axis}s" for count, axis in zip(size.shape, names, strict=True))
             raise ValueError(
-                f"this capture needs {_mib(total)} for its totals and at least {_mib(least)} to work in, "
-                f"more than max_bytes={self._max_bytes} ({_mib(self._max_bytes)}). The most, "
+                f"this capture needs {_mib(sum(needed.values()))} for its totals and at least {_mib(least)} "
+                f"to work in, more than max_bytes={self._max_bytes} ({_mib(self._max_bytes)}). The most, "
                 f"{_mib(needed[name])}, goes to {name!r}: {axes} in float32"
                 f"{', for each step' if entry.spec.steps == 'each' else ''}. Keep fewer tokens "
                 "(only_keys, only_queries, only_frames), reduce heads, blocks or steps by 'mean', choose "
                 "fewer of them, take a mass instead of weights, or raise max_bytes."
             )
-        assert context.info is not None
         most = _TILE_BYTES.get(context.info.device.type, _TILE_BYTES["cuda"])
-        return min(most, room // _TILES)
+        tile = min(most, room // _TILES)
+        return tile, room - _TILES * tile
 
     @staticmethod
-    def _room(name: str, entry: _Entry, shape: tuple[int, ...], context: Context) -> Tensor:
+    def _zeros(name: str, entry: _Entry, shape: tuple[int, ...], context: Context) -> Tensor:
         """Zeros for the forward that begins."""
         assert context.info is not None
         known = entry.totals[0].shape if entry.totals else shape
@@ -286,8 +302,7 @@ def _image_queries(spec: CaptureSpec) -> bool:
 
 
 def _needs_grid(spec: CaptureSpec) -> bool:
-    has_keys = spec.keys == "image" and spec.quantity != "row_mass"
-    return _image_queries(spec) or has_keys or spec.only_frames is not None
+    return _image_queries(spec) or spec.keys == "image" or spec.only_frames is not None
 
 
 def _site_grid(context: Context, site: Site) -> Grid:
@@ -298,8 +313,8 @@ def _grid_of(targets: Sequence[Target], context: Context, site: Site) -> Grid | 
     return _site_grid(context, site) if any(_needs_grid(target.spec) for target in targets) else None
 
 
-def _shape(entry: _Entry, context: Context, rows: int) -> tuple[int, ...]:
-    """Shape of the total of one forward; notes the grid of its image tokens."""
+def _size(entry: _Entry, context: Context, rows: int) -> _Size:
+    """What one forward captures; notes the grid of its image tokens."""
     spec, sites, info = entry.spec, list(entry.blocks.values()), context.info
     assert info is not None
     if "text" in (spec.queries, spec.keys) and not info.text_length:
@@ -313,18 +328,17 @@ def _shape(entry: _Entry, context: Context, rows: int) -> tuple[int, ...]:
         counts["image"] = math.prod(entry.grid)
         if len(grids) > 1:
             _check_resizable(spec, grids)
+    keys = len(within("only_keys", spec.only_keys, counts[spec.keys]))
+    queries = 0  # image queries of a mass or an entropy of columns need not be counted beforehand
     if spec.only_frames is not None and entry.grid is not None:
         frames = within("only_frames", spec.only_frames, entry.grid[0])
         queries = len(frames) * entry.grid[1] * entry.grid[2]
-    else:
-        known = spec.queries == "text" or _image_queries(spec)
-        queries = len(within("only_queries", spec.only_queries, counts[spec.queries])) if known else 0
-    known = spec.keys == "text" or spec.quantity != "row_mass"
-    keys = len(within("only_keys", spec.only_keys, counts[spec.keys])) if known else 0
+    elif counts[spec.queries]:
+        queries = len(within("only_queries", spec.only_queries, counts[spec.queries]))
+    heads = len(spec.only_heads) if spec.only_heads else max(site.heads for site in sites)
     each = [len(sites)] if spec.blocks == "each" else []
-    if spec.heads == "each":
-        each.append(len(spec.only_heads) if spec.only_heads else sites[0].heads)
-    return (rows, *each, *quantity_shape(spec, queries, keys))
+    each += [heads] if spec.heads == "each" else []
+    return _Size((rows, *each, *quantity_shape(spec, queries, keys)), rows, heads, keys)
 
 
 def _check_resizable(spec: CaptureSpec, grids: set[Grid]) -> None:

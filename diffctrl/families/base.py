@@ -296,20 +296,8 @@ class Family(ABC):
             counted = counts.get((place.kind, place.stack), 0)
             counts[place.kind, place.stack] = counted + 1
             layer = counted if place.layer is None else place.layer
-            found.append(
-                Site(
-                    name,
-                    place.kind,
-                    place.stack,
-                    layer,
-                    module.heads,
-                    module,
-                    self,
-                    route,
-                    stock,
-                    place.level,
-                )
-            )
+            where = place.kind, place.stack, layer
+            found.append(Site(name, *where, module.heads, module, self, route, stock, place.level))
         return found
 
     def site_grid(self, grid: tuple[int, int, int], site: Site) -> tuple[int, int, int]:

@@ -583,7 +583,7 @@ def test_max_bytes_is_checked_before_anything_is_made(monkeypatch: pytest.Monkey
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *args, **rest: made.append(args) or zeros(*args, **rest))
     spec = CaptureSpec(heads="each", blocks="each", steps="each")
-    for limit in (1000, 20_000):
+    for limit in (1000, 19_000):
         with (
             diffctrl.capture(model, {"small": CaptureSpec(), "large": spec}, max_bytes=limit),
             pytest.raises(ValueError, match=(
@@ -597,6 +597,21 @@ def test_max_bytes_is_checked_before_anything_is_made(monkeypatch: pytest.Monkey
         run(model, inputs)
     assert maps.result().values.numel() == 2 * 4 * 2 * 35 * 7
     assert made
+
+
+def test_a_route_that_does_not_fit_is_not_taken() -> None:
+    model, inputs = shared("mochi"), example("mochi")
+    totals, tiles = 2 * 4 * BATCH * 45 * TEXT, 3 * 4 * BATCH * 2 * TEXT
+    with diffctrl.capture(model, CaptureSpec(), max_bytes=totals + tiles) as maps:
+        run(model, inputs)
+        (stats,) = maps.stats().values()
+    assert stats["captures"] == {"chunked": 3}
+    torch.testing.assert_close(maps.result().values, captured("mochi", inputs, CaptureSpec()).values)
+    with (
+        diffctrl.capture(model, CaptureSpec(), max_bytes=totals + tiles, route="one_hot"),
+        pytest.raises(ValueError, match=r"route='one_hot' needs \d+ bytes in .*attn1, but max_bytes leaves"),
+    ):
+        run(model, inputs)
 
 
 def test_a_run_that_grows_past_max_bytes_is_stopped_before_its_first_step() -> None:

@@ -5,7 +5,7 @@ This package is the mathematics: tensors in, tensors out. What reads them off a 
 """
 
 from .reduce import CaptureResult, Sink, accumulate
-from .routes import ROUTES, AttentionCall, Part, Route, choose_route, weights
+from .routes import ROUTES, AttentionCall, Part, Route, choose_route, extra_bytes, weights
 from .spec import CaptureSpec
 from .tokens import Tokens
 
@@ -20,5 +20,6 @@ __all__ = [
     "Tokens",
     "accumulate",
     "choose_route",
+    "extra_bytes",
     "weights",
 ]

@@ -105,8 +105,22 @@ class Part:
     weights: torch.Tensor
 
 
-def choose_route(call: AttentionCall, rows: int, columns: int) -> Route:
-    """The cheapest exact route for weights of `rows` queries and `columns` keys."""
+def extra_bytes(route: Route, call: AttentionCall, rows: int) -> int:
+    """What a route needs beside tiles of scores: outputs of one call more, and its values."""
+    batch, count, heads, dim = call.query.shape
+    numbers = 0
+    if route in ("second_call", "one_hot"):
+        numbers = batch * (rows if call.lists is None else count) * heads * dim
+    if route == "one_hot":
+        numbers += call.key.numel()
+    return numbers * call.query.element_size()
+
+
+def choose_route(call: AttentionCall, rows: int, columns: int, room: int | None = None) -> Route:
+    """The cheapest exact route for weights of `rows` queries and `columns` keys.
+
+    room: bytes that it may need beside its tiles of scores; None for any.
+    """
     if call.lse is not None:
         return "lse"
     length, dim = call.key.shape[1], call.query.shape[3]
@@ -121,7 +135,10 @@ def choose_route(call: AttentionCall, rows: int, columns: int) -> Route:
         costs = {route: cost * (1 if route == "chunked" else whole) for route, cost in costs.items()}
     elif _can_call_again(call):
         costs["second_call"] = 2 * length * dim + columns * dim
-    return min(costs, key=lambda route: costs[route])
+    fitting: list[Route] = [
+        route for route in costs if room is None or extra_bytes(route, call, rows) <= room
+    ]
+    return min(fitting, key=lambda route: costs[route])
 
 
 def _can_call_again(call: AttentionCall) -> bool:
@@ -130,12 +147,6 @@ def _can_call_again(call: AttentionCall) -> bool:
     if mask is not None and call.key_lengths is not None:
         mask = None
     return call.lists is None and gives_lse(query, key, key, attn_mask=mask)
-
-
-def working_bytes(route: Route | None, call: AttentionCall, tile_bytes: int) -> int:
-    """What a route needs at a time, its tiles of `tile_bytes`: scores, their mask, their exponentials."""
-    numbers = call.query.numel() + call.key.numel() if route == "one_hot" else 0
-    return 3 * tile_bytes + numbers * call.query.element_size()
 
 
 def weights(
