@@ -10,7 +10,6 @@ on such prompts too. Random sets have the size of HeadHunter's, one for each pro
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from diffctrl.scripts.evaluation_guidance import (
     unseen_pairs,
 )
 from diffctrl.scripts.evaluation_image import share
+from diffctrl.scripts.find_headsets import scoring_workers
 from diffctrl.softpag import library
 from diffctrl.softpag.headhunt import Pair
 from diffctrl.softpag.headset import HeadSet
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     """Entry point; `arguments` as on the command line. Returns the figures."""
     options = _parser().parse_args(arguments)
     if options.quick:
-        options.n, options.curve, options.styles, options.search, options.batch = 8, 4, 4, 2, 8
+        options.n, options.curve, options.styles, options.search, options.batch = 4, 2, 2, 2, 8
     if options.headsets is not None:
         library.FOLDER = options.headsets
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,9 +59,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     call = registry.recommended(options.model)
     if options.steps or options.quick:
         call["num_inference_steps"] = options.steps or 2
-    workers = options.workers
-    if workers is None:
-        workers = 0 if device == "cpu" else max(1, min(16, (os.cpu_count() or 1) - 1))
+    workers = scoring_workers(options.workers, device)
     began, figures = time.monotonic(), []
     with Studio(pipe, call, options.batch, workers) as studio:
         signature = studio.universe.signature

@@ -9,8 +9,10 @@ what each search cost. u and w are the defaults of SoftPAG, so that a set is use
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from diffctrl.softpag.headhunt import (
     cost,
     parse_goal,
 )
+from diffctrl.softpag.headhunt.scoring import scoring_pool
 from diffctrl.softpag.headset import HeadSet
 from diffctrl.zoo import registry
 from diffctrl.zoo.worlds import vocabulary
@@ -66,7 +69,7 @@ def search(
     pairs: list[Pair],
     config: HuntConfig,
     *,
-    scorers: int = 0,
+    scorers: int | Executor = 0,
     log: Path | None = None,
 ) -> Found:
     """One search on a loaded pipeline."""
@@ -123,10 +126,33 @@ def main(arguments: list[str] | None = None) -> dict[str, Found]:
     call = registry.recommended(options.model)
     if options.steps:
         call["num_inference_steps"] = options.steps
-    scorers = options.scorers
-    if scorers is None:
-        scorers = 0 if device == "cpu" else max(1, min(16, (os.cpu_count() or 1) - 1))
+    workers = scoring_workers(options.scorers, device)
     found: dict[str, Found] = {}
+    with contextlib.ExitStack() as stack:
+        # One pool for all searches: starting it takes as long as a search.
+        scorers = stack.enter_context(scoring_pool(workers)) if workers else 0
+        _search_all(wanted, pipe, call, scorers, options, found)
+    print_table(
+        ["set", "heads", "no guidance", "found", "pictures", "s"], [_row(n, f) for n, f in found.items()]
+    )
+    return found
+
+
+def scoring_workers(wanted: int | None, device: str) -> int:
+    """Judging processes: as asked, else one for each core beside a GPU and none beside a CPU that samples."""
+    if wanted is not None:
+        return wanted
+    return 0 if device == "cpu" else max(1, min(16, (os.cpu_count() or 1) - 1))
+
+
+def _search_all(
+    wanted: list[str],
+    pipe: Any,
+    call: dict[str, Any],
+    scorers: int | Executor,
+    options: argparse.Namespace,
+    found: dict[str, Found],
+) -> None:
     for name in wanted:
         pairs = pairs_of(name, options.pairs if name == QUALITY else options.style_pairs)
         config = HuntConfig(
@@ -142,16 +168,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Found]:
         planned = cost(Universe.of(pipe), pairs, config, call["num_inference_steps"])
         print(
             f"{name}: {len(pairs)} pairs, at most {planned.images:,} pictures in {planned.batches:,} "
-            f"batches, {planned.forwards:,} rows through the denoiser, {scorers} scoring processes",
+            f"batches, {planned.forwards:,} rows through the denoiser",
             flush=True,
         )
         found[name] = search(pipe, name, options.model, call, pairs, config, scorers=scorers)
         _save(found[name], options.out, options.model, name)
         print(f"  {found[name].headset} in {found[name].seconds:.1f} s", flush=True)
-    print_table(
-        ["set", "heads", "no guidance", "found", "pictures", "s"], [_row(n, f) for n, f in found.items()]
-    )
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:

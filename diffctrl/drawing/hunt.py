@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -143,7 +144,7 @@ class PipelineFactory:
     universe: Universe | None = None
     encode: Encode | None = None
     output_type: str = "pt"
-    scorers: int = 0
+    scorers: int | Executor = 0
 
     def __call__(self, index: int) -> Evaluator:
         sampler = PipelineSampler(
@@ -171,7 +172,7 @@ def hunt(
     encode: Encode | None = None,
     output_type: str = "pt",
     engine: Callable[[PipelineFactory], Engine] = InProcess,
-    scorers: int = 0,
+    scorers: int | Executor = 0,
     **progress: Any,
 ) -> HeadSet:
     """Search the heads of a pipeline in this process.
@@ -186,7 +187,8 @@ def hunt(
         log: a folder that makes the search resumable.
         encode, output_type: as in `PipelineSampler`.
         engine: who runs it.
-        scorers: processes that score beside this one, for objectives that read pictures on the CPU.
+        scorers: processes that score beside this one, or a pool of them, for objectives that read pictures
+            on the CPU.
         progress: `on_progress` of `Search`.
     """
     config = config or HuntConfig()

@@ -57,8 +57,8 @@ class SoftPAGConfig:
         heads: the heads, as in 'L3H1,L4' or an iterable; 'L3H1=0.7,L4' or a mapping gives some a strength of
             their own. The name of a shipped head set ('quality', 'style:soft') takes the set of the model at
             hand. None takes the shipped set 'quality' where the model has one, else every head of the layer
-            at 3/8 of the depth (layer 9 of 24 in the paper's sweeps over u), in a UNet of the middle block, as
-            PAG does.
+            at 3/8 of the depth (layer 9 of 24 in the paper's sweeps over u); in a UNet, of the middle block,
+            as PAG does.
         u: perturbation strength in [0, 1]: A' = (1 - u) A + u T. 0 is the stock model, 1 the target itself.
         w: guidance scale >= 0 in e + s (c - e) + w (c - p); 0 turns the guidance off.
         kind: the target map T. "identity" (SoftPAG; PAG at u = 1), "uniform" over valid keys, "mean_query"

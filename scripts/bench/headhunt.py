@@ -9,6 +9,7 @@ The search runs twice from nothing, over the same candidates: in full, and leavi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch
 
 from diffctrl.drawing.hunt import PipelineSampler
 from diffctrl.scripts.bench.harness import Figure, print_table, write_report
-from diffctrl.scripts.find_headsets import Found, pairs_of, search
+from diffctrl.scripts.find_headsets import Found, pairs_of, scoring_workers, search
 from diffctrl.softpag import SoftPAGConfig
 from diffctrl.softpag.headhunt import HuntConfig, Pair, Universe
+from diffctrl.softpag.headhunt.scoring import scoring_pool
 from diffctrl.zoo import registry
 
 _GOALS = ("quality", "style:soft")
@@ -47,14 +49,17 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
         prune=False,
     )
     figures: list[Figure] = []
-    for goal in options.goals.split(","):
-        pairs = pairs_of(goal, options.pairs)
-        full, pruned = (
-            search(pipe, goal, "shapes-sd3", call, pairs, each, scorers=options.scorers)
-            for each in (config, replace(config, prune=True))
-        )
-        figures += _costs(goal, full, pruned, len(pairs), options.steps)
-        write_report(options.out, "headhunt", figures, seeds=[pairs[0].seed])
+    workers = scoring_workers(options.scorers, device)
+    with contextlib.ExitStack() as stack:
+        scorers = stack.enter_context(scoring_pool(workers)) if workers else 0
+        for goal in options.goals.split(","):
+            pairs = pairs_of(goal, options.pairs)
+            full, pruned = (
+                search(pipe, goal, "shapes-sd3", call, pairs, each, scorers=scorers)
+                for each in (config, replace(config, prune=True))
+            )
+            figures += _costs(goal, full, pruned, len(pairs), options.steps)
+            write_report(options.out, "headhunt", figures, seeds=[pairs[0].seed])
     figures += _against_the_loop(pipe, call, config)
     write_report(options.out, "headhunt", figures, seeds=[0])
     rows = [
@@ -140,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--scorers", type=int, default=0, help="judging processes")
+    parser.add_argument("--scorers", type=int, help="judging processes; default: beside a GPU one per core")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument(
         "--quick", action="store_true", help="four prompts, one round, one step: does it run?"

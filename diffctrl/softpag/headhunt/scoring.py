@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,15 +47,14 @@ class Beside:
 
     Args:
         goal: whose parts must be picklable where they are `apart`.
-        workers: processes.
+        workers: how many, or a pool of them, which several searches share and which this leaves open.
     """
 
     ahead = 2
 
-    def __init__(self, goal: Goal, workers: int) -> None:
-        self._goal = goal
-        # Spawned, not forked: the parent holds CUDA and threads.
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread)
+    def __init__(self, goal: Goal, workers: int | Executor) -> None:
+        self._goal, self._owns = goal, not isinstance(workers, Executor)
+        self._pool = workers if isinstance(workers, Executor) else scoring_pool(workers)
 
     def submit(self, images: Any, prompts: Sequence[str]) -> Callable[[], Values]:
         """Hand a batch over; `images` (N, 3, H, W) on any device."""
@@ -75,13 +74,19 @@ class Beside:
         return lambda: rows_of([_collected(column) for column in columns])
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._owns:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def scorer_of(goal: Goal, workers: int) -> Scorer:
+def scoring_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that score; spawned, not forked, as the parent holds CUDA and threads."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread)
+
+
+def scorer_of(goal: Goal, workers: int | Executor) -> Scorer:
     """`Beside` where there is something to do beside, else `Here`."""
     apart = any(getattr(part, "apart", False) for part in goal.parts)
-    return Beside(goal, workers) if workers > 0 and apart else Here(goal)
+    return Beside(goal, workers) if workers and apart else Here(goal)
 
 
 def _collected(column: list[Any]) -> list[float]:
