@@ -31,6 +31,7 @@ HEADS = {
     "wan-ti2v": "L1",
     "hunyuan_video": "L1H0",
     "hunyuan_video-i2v": "L3",
+    "hunyuan_video15": "L1H0",
     "mochi": "L1",
     "cogvideox": "L1H1",
     "cogvideox-1.5": "L1",

@@ -1,0 +1,72 @@
+"""SoftPAG and its search on a GPU: what the CPU tests say holds there too."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffctrl
+from diffctrl.drawing.hunt import PipelineSampler
+from diffctrl.processors import SoftPAGAttnProcessor
+from diffctrl.softpag.headhunt import HuntConfig, Pair, Universe
+from tests import tiny
+from tests.helpers import build, example, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def on_card(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cuda()
+    if isinstance(value, dict):
+        return {name: on_card(item) for name, item in value.items()}
+    return type(value)(map(on_card, value)) if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "flux", "sdxl", "wan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_strength_is_stock_and_modes_agree(name: str, dtype: torch.dtype) -> None:
+    model = build(name, dtype=dtype).cuda()
+    inputs = on_card(example(name, model))
+    stock = run(model, inputs)
+    with diffctrl.apply(model, SoftPAGAttnProcessor(u=0.0)):
+        assert torch.equal(run(model, inputs), stock)
+    results = []
+    for mode in ("batched", "sequential"):
+        with diffctrl.apply(model, SoftPAGAttnProcessor(u=0.7, mode=mode)):
+            results.append(run(model, inputs).float())
+    assert (results[0] - stock).abs().max() > 1e-3
+    bound = 1e-3 if dtype == torch.float32 else 0.1
+    assert (results[0] - results[1]).abs().max() <= bound * stock.float().abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mean_query", "argmax", "skip_block", "token_shuffle"])
+def test_targets_are_those_of_the_cpu(kind: Any) -> None:
+    model, inputs = build("sd3"), example("sd3")
+    results = []
+    for place in (lambda value: value, on_card):
+        moved = model if place is not on_card else model.cuda()
+        with diffctrl.apply(moved, SoftPAGAttnProcessor("L1", kind=kind, u=0.7)):
+            results.append(run(moved, place(inputs)).cpu())
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["batched", "prefix"])
+def test_candidates_of_several_prompts_equal_single_pictures(mode: Any) -> None:
+    pipe = tiny.sd3_pipeline().to("cuda")
+    heads = Universe.of(pipe).heads
+    pairs = [Pair("a red star", 0), Pair("a blue ring", 1), Pair("a red star", 0), Pair("a blue ring", 2)]
+    sets = [(heads[0],), (heads[3],), (), (heads[0], heads[2])]
+    call = {name: value for name, value in tiny.CALL.items() if name != "guidance_scale"}
+    config = HuntConfig(mode=mode)
+    with contextlib.closing(PipelineSampler(pipe, config, call)) as sampler:
+        together = sampler.sample(pairs, sets)
+        alone = [sampler.sample([pair], [heads]) for pair, heads in zip(pairs, sets, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-3)
