@@ -73,7 +73,7 @@ class FixedPatternAttnProcessor(SparseDAttnProcessor):
 
     def __init__(self, shape: Shape, config: SparseDConfig, **settings: Any) -> None:
         super().__init__(config, **settings)
-        self.shape = shape
+        self.shape: Shape = shape
 
     def state(self, model: TextModel) -> SparseDController:
         sizes = ModelShape(
