@@ -1,13 +1,14 @@
 """Attention kernels against each other on one card: dense peers, and block lists at density 1, 0.25 and 0.1.
 
-    python -m diffctrl.scripts.bench.engine --out docs/results/engine.json [--quick] [--variants] [--shapes
-    short,32k]
+    python -m diffctrl.scripts.bench.engine --out docs/results/engine.json [--quick] [--variants
+    flash4,triton,flex] [--shapes short,32k]
 
 Random lists with equal counts per row and another set per head; useful work is 4 * B * H * D * (attended
 pairs). Every contender is first compared with an fp32 reference on sampled rows, and a key outside a row's
 list is changed: the row must not move by a bit. A contender that fails is not timed. The bars are taken of
-`attend`, which is what a user gets. `--variants` adds other forms of our kernels to the rotation; they count
-for no bar. The JSON is rewritten after each shape, so a run that is cut short leaves what it has.
+`attend`, which is what a user gets. `--variants` adds other forms of kernels to the rotation, and ragged
+lists; they count for no bar. The JSON is rewritten after each shape, so a run that is cut short leaves what
+it has.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from diffctrl.attention import chain
 from diffctrl.attention.api import attend
 from diffctrl.attention.kernels.base import Operands
 from diffctrl.attention.kernels.flash4 import Flash4Kernel, Form
+from diffctrl.attention.kernels.flex import FlexForm, FlexKernel
 from diffctrl.attention.kernels.triton_lists import TritonListsKernel, Variant
 from diffctrl.attention.stats import EngineStats
 from diffctrl.scripts.bench.cases import SEED, Contender, Shape, fault, inputs, random_lists
@@ -103,7 +105,9 @@ def dense_calls(device: str, with_fa2: bool) -> dict[str, Callable[[Operands], t
     return calls
 
 
-def sparse_calls(device: str, shape: Shape, variants: bool) -> dict[str, Callable[[Operands], torch.Tensor]]:
+def sparse_calls(
+    device: str, shape: Shape, variants: list[str]
+) -> dict[str, Callable[[Operands], torch.Tensor]]:
     calls: dict[str, Callable[[Operands], torch.Tensor]] = {"attend": whole_engine}
     for name in ("gathered",) if device == "cpu" else ("flash4", "triton", "flex"):
         kernel = chain.load(name)
@@ -111,20 +115,30 @@ def sparse_calls(device: str, shape: Shape, variants: bool) -> dict[str, Callabl
             print(f"{name}: {kernel}")
         else:
             calls[name] = kernel_call(kernel)
-    if variants and device == "cuda":
-        calls |= variant_calls(shape)
+    for family in variants if device == "cuda" else ():
+        calls |= variant_calls(family, shape)
     return calls
 
 
-def variant_calls(shape: Shape) -> dict[str, Callable[[Operands], torch.Tensor]]:
-    """What the short shape could run instead; on long ones, those of them that could be for every length."""
-    triton = [Variant(descriptor=True, specialize=True, tile=128), Variant(descriptor=True, specialize=True)]
-    flash4 = [Form(persistent=True)]
+def variant_calls(family: str, shape: Shape) -> dict[str, Callable[[Operands], torch.Tensor]]:
+    """What could run instead; on the longest shape, those of them that could be for every length."""
+    if family == "flash4":
+        forms = [Form("scheduled"), Form("persistent"), Form("persistent", even=True)]
+        return {form.label: kernel_call(Flash4Kernel(form)) for form in forms}
+    if family == "triton":
+        variants = [Variant(descriptor=True, specialize=True, tile=128)]
+        if shape.tokens <= 8192:
+            variants += [
+                Variant(descriptor=True, specialize=True),
+                Variant(descriptor=True, tile=128, warps=8),
+            ]
+        return {f"triton {v.label}": kernel_call(TritonListsKernel(v)) for v in variants}
+    # Each is one step away from the default, so that a difference has one cause.
+    flex = [FlexForm(warps=4), FlexForm(whole=True), FlexForm(dynamic=False)]
     if shape.tokens <= 8192:
-        triton += [Variant(descriptor=True, rows=64, stages=1)]
-        flash4 += [Form(overlap=False), Form(persistent=True, overlap=False)]
-    calls = {f"triton {v.label}": kernel_call(TritonListsKernel(v)) for v in triton}
-    return calls | {form.label: kernel_call(Flash4Kernel(form)) for form in flash4}
+        flex += [FlexForm(whole=True, tile=128, stages=2), FlexForm(whole=True, rows=64, warps=4, stages=2)]
+        flex += [FlexForm(whole=True, descriptors=True)]
+    return {form.label: kernel_call(FlexKernel(form)) for form in flex} if shape.tokens <= 65536 else {}
 
 
 def whole_engine(operands: Operands) -> torch.Tensor:
@@ -151,7 +165,7 @@ def contenders_of(shape: Shape, device: str, args: argparse.Namespace) -> list[C
             found.append(Contender(f"{name} {density:g}", call, density, sparse))
     if args.variants and not huge:
         sparse = replace(dense, mask=random_lists(shape, 0.25, device, ragged=True))
-        for name, call in sparse_calls(device, shape, variants=True).items():
+        for name, call in sparse_calls(device, shape, args.variants).items():
             if not name.startswith("attend"):
                 found.append(Contender(f"{name} 0.25 ragged", call, 0.25, sparse))
     right = []
@@ -263,13 +277,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--quick", action="store_true", help="8 rounds")
     parser.add_argument(
-        "--variants", action="store_true", help="also time other forms of our kernels, for no bar"
+        "--variants",
+        nargs="?",
+        const="flash4,triton,flex",
+        default="",
+        help="also time other forms of these kernels, and ragged lists, for no bar (all: no value)",
     )
     parser.add_argument("--fa2", action="store_true", help="also time FlashAttention-2 through torch")
     parser.add_argument("--shapes", default="short,32k,119k")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: does the script run?")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.variants = [family for family in args.variants.split(",") if family]
+    if unknown := sorted(set(args.variants) - {"flash4", "triton", "flex"}):
+        parser.error(f"--variants takes flash4, triton and flex, not {', '.join(unknown)}")
+    return args
 
 
 if __name__ == "__main__":

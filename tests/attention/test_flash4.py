@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from diffctrl.attention import chain
-from diffctrl.attention.kernels import flash4
+from diffctrl.attention.kernels import flash4, flash4_library
 from diffctrl.attention.kernels.base import Request
 
 
@@ -64,11 +67,27 @@ def test_the_choice_follows_the_switch_of_deterministic_algorithms():
         chain.register("picky", None)
 
 
-def test_other_forms_are_for_one_arch_and_one_version(installed, monkeypatch):
-    kernel = flash4.Flash4Kernel(flash4.Form(persistent=True))
-    assert kernel.form.label == "flash4-persistent"
-    assert kernel.why_not(request()) is None
-    assert "sm90" in kernel.why_not(request(arch=100))
+def prepared(counts: list[int], block: tuple[int, int] = (128, 128)):
+    lists = SimpleNamespace(full_count=torch.tensor(counts, dtype=torch.int32).view(1, 1, -1))
+    even = max(counts) <= flash4_library.EVEN * sum(counts) / len(counts)
+    tensors = SimpleNamespace(block_size=block)
+    return flash4_library.PreparedLists(tensors, None, lists, [4608], even)
+
+
+def test_other_forms_run_where_they_can_and_the_stock_one_elsewhere(installed, monkeypatch):
+    even, ragged = prepared([9, 9, 10]), prepared([1, 9, 17])
+    for form in (flash4.Form("persistent"), flash4.Form("scheduled")):
+        kernel = flash4.Flash4Kernel(form)
+        assert kernel.form_for(request(), ragged) == form
+        assert kernel.form_for(request(arch=100), ragged) == flash4.STOCK
+        assert kernel.form_for(request(sparse=False), None) == flash4.STOCK
+    kernel = flash4.Flash4Kernel(flash4.Form("persistent", even=True))
+    assert kernel.form.label == "flash4-persistent-even"
+    assert kernel.form_for(request(), even) == kernel.form
+    assert kernel.form_for(request(), ragged) == flash4.STOCK
+    kernel = flash4.Flash4Kernel(flash4.Form("scheduled"))
+    assert kernel.form_for(request(), prepared([3], block=(128, 64))) == flash4.STOCK
+    assert kernel.form_for(replace(request(), head_dim=72), even) == flash4.STOCK
     monkeypatch.setattr(flash4, "installed_version", lambda: "4.0.0")
-    assert flash4.PINNED in kernel.why_not(request())
-    assert flash4.KERNEL.why_not(request()) is None
+    assert kernel.form_for(request(), even) == flash4.STOCK
+    assert kernel.why_not(request()) is None

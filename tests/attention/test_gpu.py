@@ -1,4 +1,4 @@
-"""The kernels of a GPU, bf16: the same properties for each of them.
+"""The kernels of a GPU, bf16: the same properties for each of them, and for the forms that may replace one.
 
 Run with `OMP_NUM_THREADS=2 pytest -m gpu -n 6 tests/attention/test_gpu.py`: most of the time is compilation,
 which six processes share (their caches on disk are common).
@@ -12,8 +12,9 @@ import torch
 from diffctrl.attention import BlockLists, EngineStats, attend, chain, kernel_report, merge
 from diffctrl.attention.chain import load, request_for
 from diffctrl.attention.kernels.base import Operands, Request
-from diffctrl.attention.kernels.flash4 import Flash4Kernel, Form
-from diffctrl.attention.kernels.triton_lists import HOPPER_CANDIDATES, TritonListsKernel
+from diffctrl.attention.kernels.flash4 import STOCK, Flash4Kernel, Form
+from diffctrl.attention.kernels.flash4_library import prepared_lists
+from diffctrl.attention.kernels.triton_lists import HOPPER_CANDIDATES, TritonListsKernel, Variant
 from diffctrl.attention.selftest import self_test, strided
 from tests.attention.cases import assert_matches, make_inputs, make_rule, random_lists, reference
 
@@ -23,8 +24,24 @@ pytestmark = [
 ]
 
 BF16 = torch.bfloat16
-LISTS = ("flash4", "triton", "flex", "gathered")
+# Forms that may become the default one day: all that is asked of a kernel over lists is asked of them.
+CANDIDATES = {
+    "candidate-triton": TritonListsKernel(Variant(descriptor=True, specialize=True, tile=128)),
+    "candidate-flash4": Flash4Kernel(Form("scheduled")),
+}
+LISTS = ("flash4", "triton", "flex", "gathered", *CANDIDATES)
+WITH_BACKWARD = ("flash4", "flex", "gathered", "candidate-flash4")
+WITH_RULES = ("flex", "gathered")
 DENSE = ("flash4", "cudnn", "sdpa")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def candidates():
+    for name, kernel in CANDIDATES.items():
+        chain.register(name, kernel)
+    yield
+    for name in CANDIDATES:
+        chain.register(name, None)
 
 
 def usable(name: str, inputs, mask: BlockLists | None, *, lse: bool = False, grad: bool = False) -> None:
@@ -43,9 +60,7 @@ def cuda_inputs(batch, heads, kv_heads, lengths, dim, **kwargs):
     return make_inputs(batch, heads, kv_heads, lengths, dim, device="cuda", **kwargs)
 
 
-# lengths, head dim, heads, kv heads, block, what is special. Heads as in the self-test; few rows for flex,
-# which compiles for each kind of mask and head dim.
-FLEX_CASES = {"1001", "grouped", "lengths", "causal", "key validity", "dim 72"}
+# lengths, head dim, heads, kv heads, block, what is special. Heads as in the self-test.
 CASES = {
     "one token": ((1, 1), 64, 3, 3, (128, 128), {}),
     "127": ((127, 127), 64, 3, 3, (128, 128), {}),
@@ -70,9 +85,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kernel", "case"), [(k, c) for k in LISTS for c in CASES if k != "flex" or c in FLEX_CASES]
-)
+# flex compiles for each kind of mask and head dim; the scheduled form is for two head dims and one block.
+FEW = {
+    "flex": {"1001", "grouped", "lengths", "causal", "key validity", "dim 72"},
+    "candidate-flash4": {
+        c for c, (_, dim, _, _, block, _) in CASES.items() if dim in (64, 128) and block[1] == 128
+    },
+}
+
+
+def in_turn(kernel: str, case: str) -> bool:
+    ruled = "rule" in CASES[case][-1]
+    return case in FEW.get(kernel, CASES) and (kernel in WITH_RULES or not ruled)
+
+
+@pytest.mark.parametrize(("kernel", "case"), [(k, c) for k in LISTS for c in CASES if in_turn(k, c)])
 def test_lists_equal_the_reference(kernel, case):
     lengths, dim, heads, kv_heads, block, special = CASES[case]
     fields = {"heads": heads} | special
@@ -138,17 +165,17 @@ FORMS = {
     "grouped, row lengths": {"kv_heads": 2, "heads": 4, "per_row_lengths": True, "needs_lse": True},
     "shared, empty rows": {"shared_heads": True, "shared_batch": True, "allows_empty": True},
 }
-CANDIDATES = [
+OTHERS = [
     *(TritonListsKernel(v) for v in HOPPER_CANDIDATES if v.specialize or v.rows != 128),
-    *(Flash4Kernel(Form(persistent=p, overlap=o)) for p, o in ((True, True), (False, False), (True, False))),
+    *(Flash4Kernel(form) for form in (Form("persistent"), Form("scheduled"))),
 ]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "kernel",
-    CANDIDATES,
-    ids=[(k.form if isinstance(k, Flash4Kernel) else k.variant).label for k in CANDIDATES],
+    OTHERS,
+    ids=[(k.form if isinstance(k, Flash4Kernel) else k.variant).label for k in OTHERS],
 )
 def test_other_forms_of_a_kernel_pass_the_self_test(kernel, form):
     """What the benchmark may time beside the default; each call is made in two forms by the self-test."""
@@ -163,6 +190,46 @@ def test_other_forms_of_a_kernel_pass_the_self_test(kernel, form):
     assert result.ok, result.reason
 
 
+FORM_CASES = {
+    "even": ((2304, 2304), 128, 3, 3, {"density": 0.3}),
+    "ragged": ((1001, 1001), 128, 3, 3, {"density": 0.4}),
+    "lengths": ((700, 700), 128, 3, 3, {"n_valid": [129, 600]}),
+    "empty rows": ((700, 700), 128, 3, 3, {"density": 0.2, "allow_empty": True}),
+    "grouped, shared": ((700, 700), 128, 4, 2, {"heads": 1}),
+    "dim 64": ((700, 700), 64, 3, 3, {}),
+}
+
+
+@pytest.mark.parametrize("case", FORM_CASES)
+@pytest.mark.parametrize("form", [Form("persistent"), Form("scheduled")], ids=lambda form: form.label)
+def test_forms_of_flash4_give_the_same_bits(form, case):
+    """Then a form may be chosen by the lists, and a new default leaves a seed its latents."""
+    lengths, dim, heads, kv_heads, special = FORM_CASES[case]
+    mask = random_lists((128, 128), lengths, **{"heads": heads} | special)
+    if case == "even":
+        mask = equal_lists(lengths[0], heads)
+    inputs = cuda_inputs(2, heads, kv_heads, lengths, dim)
+    usable("flash4", inputs, mask, lse=True)
+    operands = Operands(*inputs, scale=dim**-0.5, mask=mask)
+    request = request_for(operands, needs_lse=True)
+    if request.arch != 90:
+        pytest.skip("forms for sm90")
+    kernel = Flash4Kernel(form)
+    assert kernel.form_for(request, prepared_lists(operands, 90)) == form
+    stock_out, stock_lse = Flash4Kernel(STOCK).run(request, operands)
+    out, lse = kernel.run(request, operands)
+    assert torch.equal(out, stock_out)
+    assert torch.equal(lse, stock_lse)
+
+
+def equal_lists(length: int, heads: int) -> BlockLists:
+    """Every row lists four blocks."""
+    blocks = length // 128
+    noise = torch.rand(1, heads, blocks, blocks, generator=torch.Generator().manual_seed(3))
+    chosen = torch.zeros_like(noise, dtype=torch.bool).scatter_(-1, noise.topk(4).indices, True)
+    return BlockLists.from_dense_blocks(chosen, (128, 128), (length, length))
+
+
 @pytest.mark.parametrize("kernel", LISTS)
 def test_all_blocks_equal_dense_attention(kernel):
     inputs = cuda_inputs(2, 3, 3, (1001, 1001), 128)
@@ -172,7 +239,7 @@ def test_all_blocks_equal_dense_attention(kernel):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "dim"), [(k, d) for k in LISTS for d in (64, 128) if (k, d) != ("flex", 64)]
+    ("kernel", "dim"), [(k, d) for k in WITH_BACKWARD for d in (64, 128) if (k, d) != ("flex", 64)]
 )
 def test_gradients_over_lists(kernel, dim):
     lengths = (1001, 1001)
@@ -255,7 +322,7 @@ def test_fp32_runs_gathered_blocks():
     assert stats.calls == {"gathered": 1}
 
 
-@pytest.mark.parametrize("kernel", ["flash4", "triton"])
+@pytest.mark.parametrize("kernel", ["flash4", "triton", *CANDIDATES])
 def test_offsets_past_two_to_the_31(kernel):
     """B * H * S * D > 2^31: the last head of the last row is compared."""
     length, heads, dim, batch = 32768, 24, 128, 22
@@ -270,7 +337,7 @@ def test_offsets_past_two_to_the_31(kernel):
     assert_matches(out[-1:, -128:, -1:], None, reference(*part, small))
 
 
-@pytest.mark.parametrize("kernel", ["flash4", "triton"])
+@pytest.mark.parametrize("kernel", ["flash4", "triton", *CANDIDATES])
 def test_poisoned_memory_and_two_streams_do_not_show(kernel):
     lengths = (700, 700)
     mask = random_lists((128, 128), lengths, density=0.3, heads=3)

@@ -39,7 +39,10 @@ interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="runs in a process
 POINTERS = {"lse": "*fp32", "counts": "*i32", "indices": "*i32", "n_valid": "*i32", "order": "*i32"}
 
 
-def assembled(variant: Variant, arch: int, dim: int, block: tuple[int, int], *, tail: bool, tmp_path: Path):
+def assembled(
+    variant: Variant, arch: int, dim: int, block: tuple[int, int], *, tail: bool, tmp_path: Path,
+    lengths: bool = False,
+):  # fmt: skip
     """(compiled kernel, what ptxas -v says)."""
     import triton
     import triton.backends.nvidia
@@ -49,10 +52,10 @@ def assembled(variant: Variant, arch: int, dim: int, block: tuple[int, int], *, 
     from diffctrl.attention.kernels import triton_lists_jit
 
     function = triton_lists_jit.lists_descriptor if variant.descriptor else triton_lists_jit.lists_pointer
-    dp, bm, qsub, bn, split = triton_lists._tiles(block, 1 << 20, dim, variant)
+    variant, (dp, bm, qsub, bn, split) = triton_lists.fitted(variant, block, 1 << 20, dim)
     constants = {
         "GROUP": 1, "D": dim, "DP": dp, "BM": bm, "QSUB": qsub, "BN": bn, "SPLIT": split,
-        "BATCH_LISTS": False, "HEAD_LISTS": True, "HAS_LSE": True, "HAS_VALID": False, "TAIL": tail,
+        "BATCH_LISTS": False, "HEAD_LISTS": True, "HAS_LSE": True, "HAS_VALID": lengths, "TAIL": tail,
         "HAS_ORDER": False, "UNIT": 8, "SAME_KV": not variant.descriptor, "SPECIALIZE": variant.specialize,
     }  # fmt: skip
     names = function.arg_names
@@ -108,9 +111,10 @@ def test_table_before_hopper(arch, dim, tmp_path):
 
 @compiled_only
 @pytest.mark.slow
+@pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("variant", HOPPER_CANDIDATES, ids=lambda v: v.label)
-def test_candidates_compile_as_named(variant, tmp_path):
-    kernel, report = assembled(variant, 90, 128, (128, 128), tail=True, tmp_path=tmp_path)
+def test_candidates_compile_as_named(variant, lengths, tmp_path):
+    kernel, report = assembled(variant, 90, 128, (128, 128), tail=True, tmp_path=tmp_path, lengths=lengths)
     assert "serialized" not in report
     assert kernel.metadata.shared <= 227 * 1024
     # The pass that specialises warps gives up without a word; then there is one group less of each kind.
@@ -171,7 +175,7 @@ KINDS = (
     Variant(),
     Variant(descriptor=True),
     Variant(descriptor=True, rows=64, stages=1),
-    Variant(descriptor=True, specialize=True),
+    Variant(descriptor=True, specialize=True, tile=128),
 )
 # B, H, Hkv, Sq, Sk, D, block, further arguments of `lists`
 CALLS = {

@@ -11,8 +11,8 @@ What this file knows about version 4.0.0b36, and checks before it trusts:
     deterministic ("not implemented", found on an H100).
   - A call costs 80 to 100 us of Python, more than the kernel of a short sequence. The compiled function
     behind it is called directly where the version is the one this was written for; see `_Entry`.
-  - One program per query block, one program per SM: a short list does not hide its start and end. A form that
-    does is in `flash4_persistent`.
+  - One program per query block, one program per SM: a short list does not hide its start and end. Forms that
+    do are in `flash4_persistent` and `flash4_scheduled`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,18 +43,19 @@ _LOCK = threading.RLock()
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the forward over lists is compiled; anything but the default on sm90 with the pinned version only.
+    """How the forward over lists is made, where it can be made so (`Flash4Kernel.form_for`).
 
-    persistent: `flash4_persistent`. overlap: the library's intra_wg_overlap, the scores of a key block beside
-    the values of the one before.
+    program: the library's, one for each query block; `flash4_persistent`; `flash4_scheduled`. even: only for
+    lists of about equal length.
     """
 
-    persistent: bool = False
-    overlap: bool = True
+    program: Literal["stock", "persistent", "scheduled"] = "stock"
+    even: bool = False
 
     @property
     def label(self) -> str:
-        return f"flash4{'-persistent' if self.persistent else ''}{'' if self.overlap else '-no-overlap'}"
+        program = "" if self.program == "stock" else f"-{self.program}"
+        return f"flash4{program}{'-even' if self.even else ''}"
 
 
 STOCK = Form()
@@ -68,6 +69,23 @@ class Flash4Kernel:
 
     def __init__(self, form: Form = STOCK) -> None:
         self.form = form
+
+    def form_for(self, request: Request, lists: PreparedLists | None) -> Form:
+        """The form that a call takes: `self.form`, or `STOCK` where that cannot be, or is not for such lists.
+
+        Whether lists are even depends on all batch rows, and a row must not: a form may become the default
+        only if its bits are those of `STOCK` (`test_gpu.py::test_forms_of_flash4_give_the_same_bits`).
+        """
+        form = self.form
+        if lists is None or form == STOCK or request.arch != 90 or installed_version() != PINNED:
+            return STOCK
+        if request.head_dim > 128 or (form.even and not lists.even):
+            return STOCK
+        if form.program == "scheduled" and (
+            request.head_dim not in (64, 128) or lists.tensors.block_size != (128, 128)
+        ):
+            return STOCK
+        return form
 
     def why_not(self, request: Request) -> str | None:
         if request.device_type != "cuda" or torch.version.hip is not None:
@@ -85,21 +103,16 @@ class Flash4Kernel:
             return f"takes head dims that are multiples of 8 up to {largest} here, not {request.head_dim}"
         if request.needs_grad and torch.are_deterministic_algorithms_enabled():
             return "has no checked deterministic backward, and none at all over lists"
-        if not request.sparse:
-            return None
-        if self.form != STOCK and (
-            request.arch != 90 or installed_version() != PINNED or request.head_dim > 128
-        ):
-            return f"has the form {self.form.label} on sm90 up to head dim 128 in version {PINNED} only"
-        return _why_not_lists(request)
+        return _why_not_lists(request) if request.sparse else None
 
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = operands.query, operands.key, operands.value
-        if request.needs_grad:
-            out, lse = _Differentiable.apply(query, key, value, operands, request.arch, self.form)
-            return out, lse if request.needs_lse else None
         lists = prepared_lists(operands, request.arch)
-        return _forward(query, key, value, operands.scale, request.needs_lse, lists, request.arch, self.form)
+        form = self.form_for(request, lists)
+        if request.needs_grad:
+            out, lse = _Differentiable.apply(query, key, value, operands, lists, request.arch, form)
+            return out, lse if request.needs_lse else None
+        return _forward(query, key, value, operands.scale, request.needs_lse, lists, request.arch, form)
 
     def backward(
         self, operands: Operands, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
@@ -150,6 +163,9 @@ def _forward(
     # Gradients are handled in `_Differentiable`; a tensor that asks for one would change the compiled
     # function.
     query, key, value = query.detach(), key.detach(), value.detach()
+    if form.program == "scheduled":
+        assert lists is not None
+        return _scheduled(query, key, value, scale, needs_lse, lists)
     entries = _DENSE_ENTRIES if lists is None else lists.entries
     direct = arch == 90 and _direct_calls() and all(_as_the_kernel_wants(t) for t in (query, key, value))
     entry_key = (
@@ -188,14 +204,27 @@ def _library_call(
         function, kwargs["seqused_k"] = package.flash_attn_varlen_func, lists.lengths
     if lists is None or form == STOCK:
         return function(query, key, value, **kwargs)
-    kwargs["intra_wg_overlap"] = form.overlap
-    if not form.persistent:
-        return package._flash_attn_fwd(query, key, value, **kwargs)[:2]
     from . import flash4_persistent
 
     with _LOCK, flash4_persistent.persistent():
         mark = flash4_persistent.CACHE_MARK
         return package._flash_attn_fwd(query, key, value, num_threads=mark, **kwargs)[:2]
+
+
+def _scheduled(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, needs_lse: bool,
+    lists: PreparedLists,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    from . import flash4_scheduled
+
+    query, key, value = (t if _as_the_kernel_wants(t) else t.contiguous() for t in (query, key, value))
+    batch, q_len, heads, _ = query.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = query.new_empty((batch, heads, q_len), dtype=torch.float32) if needs_lse else None
+    indices, schedule = lists.dealt(batch, heads, query.device)
+    function = flash4_scheduled.compiled(query, key, value, out, lse, indices, schedule)
+    function(query, key, value, out, lse, scale, indices, schedule)
+    return out, lse
 
 
 def _as_the_kernel_wants(tensor: torch.Tensor) -> bool:
@@ -297,10 +326,10 @@ class _Differentiable(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         operands: Operands,
+        lists: PreparedLists | None,
         arch: int | None,
         form: Form,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        lists = prepared_lists(operands, arch)
         out, lse = _forward(query, key, value, operands.scale, True, lists, arch, form)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.scale, ctx.mask = operands.scale, operands.mask
@@ -312,7 +341,7 @@ class _Differentiable(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         query, key, value, out, lse = ctx.saved_tensors
-        return *_backward(Operands(query, key, value, ctx.scale, ctx.mask), grad, out, lse), None, None, None
+        return *_backward(Operands(query, key, value, ctx.scale, ctx.mask), grad, out, lse), *4 * (None,)
 
 
 def _backward(

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from ..convert import transpose_lists
+from ..convert import FA4Lists, transpose_lists
 from ..lists import BlockLists
 from .base import Operands
+from .flash4_schedule import deal
 
 logger = logging.getLogger("diffctrl.attention")
 
 PACKAGE = "flash-attn-4"
+EVEN = 1.1  # longest list over the mean: up to here lists count as equally long
 
 
 @functools.cache
@@ -69,11 +71,26 @@ def _private_folder() -> Path | None:
 
 @dataclass(slots=True)
 class PreparedLists:
-    """A mask in the library's form on one device, and the compiled functions already met with it."""
+    """A mask in the library's form on one device, and what was already made of it there."""
 
     tensors: Any  # BlockSparseTensorsTorch
     lengths: torch.Tensor | None  # int32 (B,): valid keys per row
-    entries: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    host: FA4Lists
+    k_lens: list[int]  # the same lengths, or that of all rows
+    even: bool  # no list is much longer than the mean
+    entries: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # compiled functions
+    schedules: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def dealt(self, batch: int, heads: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The lists below each other, int32 (lists, W), and the schedule over them (`flash4_schedule`)."""
+        found = self.schedules.get((batch, heads))
+        if found is None:
+            programs = torch.cuda.get_device_properties(device).multi_processor_count
+            counts, indices = self.host.full_count, self.host.full_index
+            schedule = deal(counts, indices, self.k_lens, batch, heads, programs)
+            found = self.tensors.full_block_idx.flatten(0, 2), schedule.to(device)
+            self.schedules[batch, heads] = found
+        return found
 
 
 def prepared_lists(operands: Operands, arch: int | None) -> PreparedLists | None:
@@ -93,7 +110,8 @@ def make_lists(mask: BlockLists, device: torch.device, arch: int, head_dim: int)
 
     lists = mask.clipped().to_fa4(arch, head_dim)
     counts, indices = lists.full_count, lists.full_index
-    if counts is mask.counts and indices is mask.indices:  # nothing was converted: one copy serves all kernels
+    # Where nothing was converted, one copy serves all kernels.
+    if counts is mask.counts and indices is mask.indices:
         counts, indices = mask.on(device).counts, mask.on(device).indices
     tensors = BlockSparseTensorsTorch(
         mask_block_cnt=lists.mask_count.to(device),
@@ -102,7 +120,10 @@ def make_lists(mask: BlockLists, device: torch.device, arch: int, head_dim: int)
         full_block_idx=indices.to(device),
         block_size=lists.block,
     )
-    return PreparedLists(tensors, None if mask.n_valid is None else mask.n_valid.to(device))
+    even = int(lists.full_count.max()) <= EVEN * float(lists.full_count.float().mean())
+    if mask.n_valid is None:
+        return PreparedLists(tensors, None, lists, [mask.lengths[1]], even)
+    return PreparedLists(tensors, mask.n_valid.to(device), lists, mask.n_valid.tolist(), even)
 
 
 def make_transposed(mask: BlockLists, device: torch.device) -> Any:

@@ -32,7 +32,7 @@ class Variant:
     """One compiled form of the kernel.
 
     descriptor: loads by the bulk copy engine (sm90 on), else by pointers. specialize: loads in a warp group
-    of their own (descriptor, 4 warps, 128 rows only). rows: BM, query rows of a program at most. tile: BN,
+    of their own (descriptor and 4 warps; see `fitted`). rows: BM, query rows of a program at most. tile: BN,
     key tokens of a step at most. warps, stages: as Triton's num_warps, num_stages.
     """
 
@@ -50,6 +50,7 @@ class Variant:
         return f"{kind}{'-ws' if self.specialize else ''}-{rows}n{self.tile}-w{self.warps}-s{self.stages}"
 
 
+HOPPER = Variant(descriptor=True)  # at head dims 64 and 128
 # What a benchmark may sweep on Hopper at head dim 128; `table_variant` names the one in use. 64 rows: three
 # or four programs share an SM, so that one's start and end run beside another's products.
 HOPPER_CANDIDATES = (
@@ -78,7 +79,7 @@ def table_variant(arch: int, head_dim: int, block: tuple[int, int]) -> Variant:
         return Variant(tile=64 if large else 16, warps=8)
     if not large:
         return Variant(tile=64 if head_dim <= 64 else 32, warps=8)
-    return Variant(descriptor=arch // 10 == 9 and head_dim in (64, 128))
+    return HOPPER if arch // 10 == 9 and head_dim in (64, 128) else Variant()
 
 
 class TritonListsKernel:
@@ -116,6 +117,8 @@ class TritonListsKernel:
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
         mask, device = operands.mask, operands.query.device
         assert mask is not None
+        if mask.n_valid is not None:  # a loop over the list in the kernel would keep it from specialising
+            mask = mask.cached("cpu", "triton clipped", mask.clipped)
         lists = mask.on(device)
         order = None
         if request.q_len < ORDERED_BELOW:
@@ -171,7 +174,8 @@ def launch(
     variant: Variant | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query (B, Sq, H, D), key and value (B, Sk, Hkv, D), last dim contiguous or copied; counts int32
-    (Bm, Hm, NQ), indices int32 (Bm, Hm, NQ, W), n_valid int32 (B,), order int32 (Bm, H * NQ).
+    (Bm, Hm, NQ), indices int32 (Bm, Hm, NQ, W), n_valid int32 (B,) where no list holds a block past it, order
+    int32 (Bm, H * NQ).
 
     Returns out (B, Sq, H, D) contiguous and lse fp32 (B, H, Sq), empty unless `needs_lse`.
     """
@@ -198,7 +202,7 @@ def launch(
     for tensor in tensors:
         misaligned |= tensor.data_ptr()
     unit = 8 if not any(s % 8 for s in strides) else 1
-    shape = _tiles(block, k_len, dim, variant)
+    variant, shape = fitted(variant, block, k_len, dim)
     consts = (
         heads // key.shape[2], dim, *shape,
         counts.shape[0] > 1, counts.shape[1] > 1, needs_lse, n_valid is not None,
@@ -240,6 +244,18 @@ def _enqueue(
     compiled = kernel[grid](*args, num_warps=variant.warps, num_stages=variant.stages)
     if cache_key is not None and compiled is not None:
         _COMPILED[cache_key] = compiled
+
+
+def fitted(
+    variant: Variant, block: tuple[int, int], k_len: int, dim: int
+) -> tuple[Variant, tuple[int, int, int, int, int]]:
+    """The variant for such blocks, and its tiles. A specialised one needs 128 rows, 64 for each of its two
+    groups, and is not worth it below 64 keys; else the plain loop."""
+    tiles = _tiles(block, k_len, dim, variant)
+    if variant.specialize and (tiles[1] < 128 or tiles[3] < 64):
+        variant = Variant(descriptor=True)
+        tiles = _tiles(block, k_len, dim, variant)
+    return variant, tiles
 
 
 def _tiles(block: tuple[int, int], k_len: int, dim: int, variant: Variant) -> tuple[int, int, int, int, int]:

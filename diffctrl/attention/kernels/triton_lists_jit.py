@@ -27,20 +27,6 @@ _RUNTIME = [
 
 
 @triton.jit
-def _valid_prefix(idx, count, limit, BK: tl.constexpr):
-    """How many of the first `count` list entries start before `limit`: bisection, the list is ascending."""
-    low = 0
-    high = count
-    while low < high:
-        mid = (low + high) // 2
-        if tl.load(idx + mid) * BK < limit:
-            low = mid + 1
-        else:
-            high = mid
-    return low
-
-
-@triton.jit
 def _place(
     order, heads, n_lists, QSUB: tl.constexpr, BATCH_LISTS: tl.constexpr, HEAD_LISTS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -145,7 +131,6 @@ def lists_pointer(
     limit = k_len
     if HAS_VALID:
         limit = tl.minimum(k_len, tl.load(n_valid + b))
-        count = _valid_prefix(idx, count, limit, BK)
     rows = block * BM + tl.arange(0, BM)
     cols = tl.arange(0, DP)
     b64, kv_head = b.to(tl.int64), (h // GROUP).to(tl.int64)
@@ -188,8 +173,7 @@ def lists_descriptor(
 ):  # fmt: skip
     """Q, K and V through the bulk copy engine (sm90 on): descriptors of one head each, made here, so that
     rows and columns outside arrive as zeros. SPECIALIZE hands the loads to a warp group of their own and
-    splits the rows between two others (BM = 128 and 4 warps only; not with HAS_VALID, whose loop makes the
-    pass give up)."""
+    splits the rows between two others (BM = 128 and 4 warps only)."""
     BK: tl.constexpr = BN * SPLIT
     s_qb, s_qs, s_qh = s_qb * UNIT, s_qs * UNIT, s_qh * UNIT
     s_kb, s_ks, s_kh = s_kb * UNIT, s_ks * UNIT, s_kh * UNIT
@@ -203,7 +187,6 @@ def lists_descriptor(
     limit = k_len
     if HAS_VALID:
         limit = tl.minimum(k_len, tl.load(n_valid + b))
-        count = _valid_prefix(idx, count, limit, BK)
     # Not block * BM: Triton 3.6 splits the rows of Q by adding 64 to the scalar that its load starts at, in
     # every place that shares the scalar, and the second group would store 64 rows too far.
     rows = tl.arange(0, BM) - (0 - block) * BM
