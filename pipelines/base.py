@@ -132,7 +132,7 @@ class MethodPipelineMixin(ControlledPipelineMixin):
         """The installed processors with the method's settings changed, or added where it is not among
         them."""
         make: Any = self.processor_class
-        installed = [] if self.control is None else list(self.control.controls)
+        installed: list[Any] = [] if self.control is None else list(self.control.controls)
         for index, control in enumerate(installed):
             if isinstance(control, make):
                 installed[index] = make(config=replace(control.config, **settings))

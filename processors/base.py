@@ -95,7 +95,8 @@ class ControlAttnProcessor(Control, AttnProcessor):
         shard = None if self._parallel_config is None else _shard(site, call)
         # Block lists carry the valid lengths of the mask themselves: see `diffctrl.control.publish`.
         mask, attn_mask = site.mask, call.attention_mask
-        if mask is None and engine_chooses(call.query, None, self._attention_backend):
+        whole = self._parallel_config is None or shard is not None
+        if mask is None and whole and engine_chooses(call.query, None, self._attention_backend):
             mask = site.valid_keys  # the stock mask says the same, and loses the fast kernels
         if mask is None and site.route.dense is not None and shard is None:
             if not torch.compiler.is_compiling():  # the engine does not count inside compiled code either

@@ -70,7 +70,7 @@ class RadialAttnProcessor(ControlAttnProcessor):
         assert info is not None
         frames, rows, columns = context.grid()
         pattern, dense = self.resolved(sites[0].family.name, frames, context.experts)
-        if dense.always or (not dense.never and dense.is_dense(*context.run_step())):
+        if dense.always or (not dense.never and self._rests(dense, context)):
             return None
         layout = layout_of(sites[0], info, (frames, rows, columns))
         key = (pattern, layout, dense.blocks)
@@ -108,12 +108,26 @@ class RadialAttnProcessor(ControlAttnProcessor):
             TypeError: the pipeline is not of a supported family.
         """
         subject = subject_of(pipe, height, width, frames)
-        if subject.family.name not in self.families:
+        if subject.family.name not in NATIVE_FRAMES:
             raise TypeError(
-                f"radial does not support {subject.family.title}; it supports {', '.join(self.families)}"
+                f"radial does not support {subject.family.title}; it supports {', '.join(NATIVE_FRAMES)}"
             )
         pattern, dense = self.resolved(subject.family.name, subject.layout.frames, subject.experts)
         return predicted(subject, pattern, dense, steps, efficiency)
+
+    @staticmethod
+    def _rests(dense: DenseParts, context: Context) -> bool:
+        """Whether the running step attends all."""
+        step, total = context.run_step()
+        if step == 0 and dense.first(total) + dense.last(total) >= total:
+            logger.warning(
+                "Radial Attention leaves all %d steps of this run dense (%d first, %d last): "
+                "nothing is gained",
+                total,
+                dense.first(total),
+                dense.last(total),
+            )
+        return dense.is_dense(step, total)
 
     @staticmethod
     def _notes(context: Context, site: Site, frames: int) -> None:

@@ -54,7 +54,7 @@ def subject_of(pipe: Any, height: int, width: int, frames: int) -> Subject:
     latent_frames = -(-((frames - 1) // temporal + 1) // patch[0])
     tokens = (height // spatial // patch[1]) * (width // spatial // patch[2])
     if latent_frames < 1 or tokens < 1:
-        raise ValueError(f"{frames} frames of {height} x {width} pixels are less than one token of this model")
+        raise ValueError(f"{frames} frames of {height} x {width} pixels are less than one token of a model")
     text = _TEXT.get(family.name, 0)
     layout = Layout(
         frames=latent_frames, tokens=tokens, text=text, text_first=bool(text) and family.text_side == "first"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from diffctrl.radial.config import DenseParts, Pattern, RadialConfig
 
-# Latent frames of the clips that a model was trained on.
+# Latent frames of the longest clips that a model was made for.
 NATIVE_FRAMES = {
     "wan": 21,
     "wan_vace": 21,
@@ -14,7 +14,7 @@ NATIVE_FRAMES = {
     "hunyuan_video15": 31,
     "mochi": 28,
     "cogvideox": 13,
-    "ltx": 21,
+    "ltx": 33,
 }
 # From this many times the native length on, a clip counts as extended.
 _EXTENDED = 1.5

@@ -119,9 +119,7 @@ def rotate(
                 continue
             with diffctrl.apply(model, processor):
                 run_once(bench, times[name], model, inputs, keep=turn > 0)
-        last = ", ".join(
-            f"{n} {t.seconds[-1]:.2f} s" for n, t in times.items() if t.seconds
-        )
+        last = ", ".join(f"{n} {t.seconds[-1]:.2f} s" for n, t in times.items() if t.seconds)
         print(f"  round {turn}: {last or 'warm'}", flush=True)
     return times
 
@@ -134,8 +132,28 @@ def run_once(bench: Bench, times: Times, model: nn.Module, inputs: dict[str, Any
         times.seconds.append(taken[0])
 
 
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A forward put together from its parts.
+
+    Attributes:
+        times: of the whole.
+        each: seconds of one block of each stack, in the last round.
+        others: seconds outside of blocks.
+    """
+
+    times: Times
+    each: dict[str, float]
+    others: float
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{stack} {seconds:.3f} s" for stack, seconds in self.each.items())
+        memory = f"; peak {self.times.memory:.1f} GB with one of each" if self.times.memory else ""
+        return f"blocks times their number: {parts}, else {self.others:.2f} s{memory}"
+
+
 class BlockTimes:
-    """Seconds of each block of a forward, by events on the stream."""
+    """Seconds of each block of a forward that has one of each stack, by events on the stream."""
 
     def __init__(self, bench: Bench, network: nn.Module, stacks: tuple[str, ...]) -> None:
         self._bench, self._marks, self._handles = bench, [], []
@@ -154,17 +172,20 @@ class BlockTimes:
         event.record()
         self._marks.append((stack, event))
 
-    def of(self, call: Callable[[], Any]) -> tuple[dict[str, float], float]:
-        """(seconds of one block of each stack, seconds of everything else)."""
-        self._marks.clear()
-        total = timed(self._bench, call)
-        found: dict[str, float] = {}
-        spent = 0.0
-        for (stack, start), (_, end) in zip(self._marks[::2], self._marks[1::2], strict=True):
-            taken = end - start if self._bench.device == "cpu" else start.elapsed_time(end) / 1e3
-            found[stack] = taken
-            spent += taken
-        return found, total - spent
+    def scaled(self, call: Callable[[], Any], counts: dict[str, int], rounds: int) -> Scaled:
+        """A forward with so many blocks of each stack, from one with one of each; a first round warms up."""
+        times, each, others = Times([], 0.0), dict.fromkeys(counts, 0.0), 0.0
+        for turn in range(rounds + 1):
+            self._marks.clear()
+            taken: list[float] = []
+            memory = peak(self._bench, lambda taken=taken: taken.append(timed(self._bench, call)))
+            for (stack, start), (_, end) in zip(self._marks[::2], self._marks[1::2], strict=True):
+                each[stack] = end - start if self._bench.device == "cpu" else start.elapsed_time(end) / 1e3
+            others = taken[0] - sum(each.values())
+            times.memory = max(times.memory, memory)
+            if turn:
+                times.seconds.append(others + sum(each[stack] * count for stack, count in counts.items()))
+        return Scaled(times, each, others)
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -213,7 +213,14 @@ def test_the_first_and_last_steps_and_the_first_blocks_are_dense() -> None:
     assert sparse_steps(model, inputs, 8) == [2, 3, 4, 5, 6]
     assert sparse_steps(model, inputs, 20, dense_fraction=0.5, dense_last_steps=0) == list(range(10, 20))
     assert sparse_steps(model, inputs, 10, begin=4, dense_steps=2, dense_last_steps=0) == [6, 7, 8, 9]
-    assert sparse_steps(model, inputs, 4, dense_steps=9) == []
+
+
+def test_a_run_without_a_sparse_step_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with notes(caplog):
+        assert sparse_steps(shared("wan"), rows_of(example("wan"), 0), 4, dense_steps=9) == []
+    assert [record.getMessage() for record in caplog.records] == [
+        "Radial Attention leaves all 4 steps of this run dense (4 first, 1 last): nothing is gained"
+    ]
 
 
 def test_calls_are_counted_for_each_pass_and_block() -> None:
@@ -399,14 +406,9 @@ def test_no_map_of_all_tokens_is_made() -> None:
     assert largest.elements >= 3600 * 3600
 
 
-@pytest.mark.parametrize(
-    ("name", "block"),
-    [
-        ("wan", "blocks.1"),
-        ("hunyuan_video", "single_transformer_blocks.1"),
-    ],
-)
-def test_a_run_compiles_to_two_graphs(name: str, block: str) -> None:
+def test_a_run_compiles_to_two_graphs() -> None:
+    """One for the dense steps, one for the sparse ones, with prompts of different lengths."""
+    name, block = "hunyuan_video", "single_transformer_blocks.1"
     torch._dynamo.reset()
     model, scheduler, backend = build(name), FixedScheduler(6), Counting()
     inputs = example(name, model)
