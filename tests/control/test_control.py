@@ -575,6 +575,7 @@ def test_statistics_count_forwards_sites_and_engine_calls() -> None:
         "forwards": 4,
         "guided_forwards": 2,
         "masked_forwards": 0,
+        "captures": {},
         "calls": {"sdpa": 8},
         "dense_calls": 8,
         "sparse_calls": 0,
