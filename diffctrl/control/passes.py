@@ -11,7 +11,6 @@ from torch import nn
 from diffctrl.control.context import BatchLayout
 from diffctrl.families import Family
 
-
 # What stock pipelines call the pass of the negative prompt; those with a guider say "pred_uncond".
 _UNCOND = ("uncond", "pred_uncond")
 

@@ -17,6 +17,7 @@ def video_plan(
         rotary: path of the module that makes (cos, sin) of (S, ...), `dims` axes each.
         names: the first block's arguments that hold the video, (B, S, C).
     """
+
     def video() -> Any:
         return ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)
 
