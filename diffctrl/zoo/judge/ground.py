@@ -25,7 +25,8 @@ class Ground:
     mix: Array
 
 
-def _to_segment(rgb: Array, tones: Array) -> tuple[Array, Array]:
+def to_segment(rgb: Array, tones: Array) -> tuple[Array, Array]:
+    """Distance of colours (..., 3) from the segment between two tones (2, 3), and where on it, 0 to 1."""
     span = tones[1] - tones[0]
     mix = ((rgb - tones[0]) @ span / (span @ span)).clip(0, 1)
     rest = rgb - (tones[0] + mix[..., None] * span)
@@ -39,13 +40,13 @@ def read_ground(rgb: Array) -> Ground:
     edge = rgb[frame]
     palette = np.asarray(BACKGROUND_RGB)
     # Clipped: stray pixels in the corners must not outvote the frame.
-    costs = [np.minimum(_to_segment(edge, tones)[0], 0.3).mean() for tones in palette]
+    costs = [np.minimum(to_segment(edge, tones)[0], 0.3).mean() for tones in palette]
     best = int(np.argmin(costs))
     tones = palette[best]
-    _, mix = _to_segment(edge, tones)
+    _, mix = to_segment(edge, tones)
     offset = np.median(edge - (tones[0] + mix[:, None] * (tones[1] - tones[0])), axis=0)
     tones = tones + offset.clip(-0.06, 0.06)
-    distance, mix = _to_segment(rgb, tones)
+    distance, mix = to_segment(rgb, tones)
     return Ground(name=BACKGROUNDS[best], tones=tones, distance=distance, mix=mix)
 
 

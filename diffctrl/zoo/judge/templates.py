@@ -22,6 +22,8 @@ from .regions import filled
 Array = np.ndarray
 GRID = 36
 REACH = 1.9  # half-width of the normalised window, in radii of a disc of the same area
+TURN_PERIODS = {"circle": 0, "square": 90, "triangle": 120, "star": 72, "cross": 90}
+"""Degrees after which a turned shape looks as before; 0 where it always does."""
 OUTER_SHAPES = tuple(name for name in SHAPES if name != "ring")  # a filled ring is a circle
 
 
@@ -159,6 +161,18 @@ def shape_bank() -> Bank:
                     entries.append(((name,), 0.0, 1.0, 0.0, (distances[name],)))
                 continue
             entries += [((name,), angle, 1.0, offset, (distances[name],)) for offset in (0.0, 0.08, 0.16)]
+    return _bank(entries)
+
+
+@lru_cache(maxsize=1)
+def turning_bank() -> Bank:
+    """Silhouettes of the shapes that clips have, at every angle that looks different, about 5 degrees apart."""
+    entries = []
+    for name, period in TURN_PERIODS.items():
+        for step in range(steps := round(period / 5) if period else 1):
+            angle = math.radians(period * step / steps)
+            distance = sdf.shape_distance(name, *_canvas(angle, 1.0))
+            entries.append(((name,), angle, 1.0, 0.0, (distance,)))
     return _bank(entries)
 
 

@@ -176,15 +176,18 @@ def _rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 _PLACE = ("shape", "pattern", "hat", "eyes", "action", "rgb", "hat_rgb", "angle", "mirror")
 
 
-def render(scenes: Scenes, size: int | tuple[int, int] = 128) -> tuple[Tensor, Tensor]:
+def render(
+    scenes: Scenes, size: int | tuple[int, int] = 128, *, places: int = MAX_OBJECTS
+) -> tuple[Tensor, Tensor]:
     """Draw a batch of scenes on the scenes' device.
 
     Args:
         scenes: B scenes.
         size: side in pixels, or (height, width).
+        places: object places to draw, N; fewer save time where no scene has more objects.
 
     Returns:
-        Images (B, 3, H, W) float32 in [0, 1], and visible masks (B, 3, H, W) float32 in [0, 1]: what of each
+        Images (B, 3, H, W) float32 in [0, 1], and visible masks (B, N, H, W) float32 in [0, 1]: what of each
         object can be seen; with the visible background they sum to one.
     """
     height, width = _size(size)
@@ -195,7 +198,7 @@ def render(scenes: Scenes, size: int | tuple[int, int] = 128) -> tuple[Tensor, T
     grid_x = ((torch.arange(width, device=device) + 0.5) / side - free_x)[None, None, :]
     grid_y = ((torch.arange(height, device=device) + 0.5) / side - free_y)[None, :, None]
     image, remaining, masks = None, None, []
-    for place in range(MAX_OBJECTS):
+    for place in range(places):
         part = {name: getattr(scenes, name)[:, place] for name in _PLACE}
         part["style"], part["background"] = scenes.style, scenes.background
         scale = _column(scenes.radius[:, place]) * side
