@@ -123,6 +123,7 @@ def _pictures(
         figures += _split_figures(samples, rungs)
         figures += _stop_words(pipe, base, options)
         figures += _nothing_meant(pipe, base, options)
+        figures += _shares(pipe, base, options)
     return figures
 
 

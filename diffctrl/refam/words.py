@@ -230,7 +230,7 @@ def directions(words: Sequence[Word]) -> tuple[Direction, ...]:
     the plate" and "the cup on the left plate" do not: a ramp would pull the point to the border.
     """
     phrase = sorted(_by_rule(words)) or range(len(words))
-    found = [
+    found: list[Direction] = [
         _DIRECTIONS[words[index].key]
         for index in phrase
         if words[index].key in _DIRECTIONS and [word.key for word in words[index + 1 : index + 2]] != ["of"]
