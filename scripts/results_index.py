@@ -2,6 +2,8 @@
 
 Run it as `python -m diffctrl.scripts.results_index`; `--check` fails where the page is not up to date.
 
+A topic of more than `FOLDED_FROM` figures shows those with a bar, and folds the others away.
+
 Each file is `{"topic", "command", "date", "commit", "device", "versions", "seeds", "figures": [{"name",
 "value", "low", "high", "unit", "bar", "compare", "holds", "note"}]}`; `low` and `high` are a 95 % interval.
 """
@@ -17,6 +19,8 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 _TOP = {"topic", "command", "date", "commit", "device", "versions", "seeds", "figures"}
 _FIGURE = {"name", "value"}
 _FIGURE_OPTIONAL = {"low", "high", "unit", "bar", "compare", "holds", "note"}
+
+FOLDED_FROM = 40
 
 _HEAD = """# Results
 
@@ -76,12 +80,21 @@ def _section(result: dict[str, Any]) -> str:
         f"{result['date']}, commit {result['commit']}, {_device(result['device'])}; {versions}; "
         f"seeds: {_plain(result['seeds'])}.",
         "",
-        "| figure | value | 95 % interval | bar | holds | note |",
-        "|---|---|---|---|---|---|",
-        *(_row(figure) for figure in result["figures"]),
-        "",
     ]
-    return "\n".join(lines)
+    figures = result["figures"]
+    if len(figures) <= FOLDED_FROM:
+        return "\n".join([*lines, *_table(figures)])
+    barred = [figure for figure in figures if figure.get("bar") is not None]
+    others = [figure for figure in figures if figure.get("bar") is None]
+    if barred:
+        lines += _table(barred)
+    summary = f"<summary>{len(others)} figures without a bar</summary>"
+    return "\n".join([*lines, "<details>", summary, "", *_table(others), "</details>", ""])
+
+
+def _table(figures: list[dict[str, Any]]) -> list[str]:
+    head = ("| figure | value | 95 % interval | bar | holds | note |", "|---|---|---|---|---|---|")
+    return [*head, *(_row(figure) for figure in figures), ""]
 
 
 def _row(figure: dict[str, Any]) -> str:

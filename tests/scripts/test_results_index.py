@@ -36,6 +36,22 @@ def test_page_shows_every_figure_and_what_was_missed(tmp_path):
     assert "| missed | 2 |  | <= 1 | **no** | see issue |" in page
 
 
+def test_many_figures_are_folded_behind_those_with_bars(tmp_path):
+    plain = [{"name": f"rate {i}", "value": i} for i in range(results_index.FOLDED_FROM)]
+    _write(tmp_path, figures=[*plain, *RESULT["figures"]])
+    results_index.main(["--folder", str(tmp_path)])
+    shown, folded = (tmp_path / "README.md").read_text().split("<details>")
+    assert [name in shown for name in ("share of dense", "missed", "rate 7 ", "a\\|b")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert f"<summary>{len(plain) + 1} figures without a bar</summary>\n\n| figure |" in folded
+    assert all(f"| rate {i} |" in folded for i in range(len(plain)))
+    assert folded.rstrip().endswith("</details>")
+
+
 def test_check_tells_an_old_page(tmp_path):
     _write(tmp_path)
     assert results_index.main(["--folder", str(tmp_path), "--check"]) == 1
