@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,34 @@ def _nothing_meant(pipe: Any, base: RefAMConfig, options: argparse.Namespace) ->
             note="50 % would be chance",
         ),
     ]
+
+
+def _shares(pipe: Any, base: RefAMConfig, options: argparse.Namespace) -> list[Figure]:
+    """What image queries give to each kind of text token, over all blocks, with and without magnets.
+
+    Where padding takes more than words, it is a magnet that the model was trained with.
+    """
+    samples = world_samples(max(6, options.n // 12), seed=VALIDATION_SEED)
+    pairs = [(s.picture(), s.expression) for s in samples]
+    blocks = f"0-{pipe.weigh(pairs[:1], replace(base, blocks='0'))[0].weights.count - 1}"
+    figures = []
+    for magnets in ("none", "separate"):
+        config = replace(base, blocks=blocks, magnet_encoding=magnets)
+        shares: dict[str, list[float]] = {}
+        for each in pipe.weigh(pairs, config, batch_size=options.batch):
+            for kind in ("content", "outside", "stop", "special", "pad", "magnet"):
+                columns = list(each.rows.table.columns(kind))
+                shares.setdefault(kind, []).append(
+                    100 * float(each.weights.i2t[:, columns].sum(dim=1).mean())
+                )
+        for kind, values in shares.items():
+            found = metrics.bootstrap(range(len(values)), lambda i, v=values: sum(v[k] for k in i) / len(i))
+            name = f"weight of image queries on {kind} tokens, magnets {magnets}"
+            note = f"mean over {len(values)} expressions, blocks and heads"
+            figures.append(Figure(name, found.value, found.low, found.high, "%", note=note))
+        print(f"weight of image queries, magnets {magnets}: ", end="")
+        print(", ".join(f"{kind} {sum(v) / len(v):.1f} %" for kind, v in shares.items()))
+    return figures
 
 
 def _video(pipe: Any, base: RefAMConfig, samples: list[Sample], options: argparse.Namespace) -> list[Figure]:
