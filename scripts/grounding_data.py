@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diffctrl.zoo import worlds
-from diffctrl.zoo.worlds.referring_set import POINTED, referring_set
+from diffctrl.zoo.worlds.referring_set import POINTED, SPLITS, referring_set
 
 REFERENCES = {"refcoco": "refs(unc).json", "refcoco+": "refs(unc).json", "refcocog": "refs(umd).json"}
 _ANNOTATION = re.compile(r'^(\S+)\s+(\d+)\s+"(.*)"\s*$')
@@ -63,7 +63,7 @@ def world_samples(
         number = count // len(splits) + (place < count % len(splits))
         if not number:
             continue
-        made = referring_set(split, number, seed=seed)
+        made = referring_set(split, number, seed=seed + SPLITS.index(split))  # no scene in two splits
         pictures, masks = worlds.render(made.scenes, size)
         first = len({sample.scene for sample in samples})
         for item in made.items:
