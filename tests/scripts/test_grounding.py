@@ -1,0 +1,190 @@
+"""Datasets that a user has, the ladder and the choice of settings, on tiny models and folders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffctrl.refam import RefAMConfig
+from diffctrl.refam.presets import preset, write_preset
+from diffctrl.scripts import grounding_data as data
+from diffctrl.scripts import grounding_ladder as ladder
+from diffctrl.scripts.grounding_calibration import Calibration, block_ranges
+from tests.refam.models import sd3
+
+
+def _counts(mask):
+    """Run lengths down the columns, beginning with zeros."""
+    flat = mask.numpy().T.flatten()
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat.astype(int), [2]])))
+    return np.diff(np.concatenate([[0], edges])).tolist()
+
+
+def _compressed(counts):
+    """COCO's letters, as its own code writes them."""
+    text = ""
+    for index, count in enumerate(counts):
+        value = count - counts[index - 2] if index > 2 else count
+        more = True
+        while more:
+            bits, value = value & 0x1F, value >> 5
+            more = value != (-1 if bits & 0x10 else 0)
+            text += chr(48 + (bits | (0x20 if more else 0)))
+    return text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_run_lengths_plain_and_compressed(seed):
+    mask = torch.zeros(40, 70, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(5):
+        row, column = (int(torch.randint(0, n, (1,), generator=generator)) for n in (30, 60))
+        mask[row : row + 9, column : column + 7] = True
+    counts = _counts(mask)
+    assert torch.equal(data.coco_mask({"counts": counts}, (40, 70)), mask)
+    assert torch.equal(data.coco_mask({"counts": _compressed(counts)}, (40, 70)), mask)
+
+
+def test_polygons():
+    mask = data.coco_mask([[10, 5, 30, 5, 30, 15, 10, 15]], (20, 40))
+    assert mask.shape == (20, 40)
+    assert mask[10, 20]
+    assert not mask[2, 20]
+    assert 200 <= int(mask.sum()) <= 240
+
+
+@pytest.fixture
+def refcoco(tmp_path):
+    folder = tmp_path / "refcoco"
+    folder.mkdir()
+    pictures = tmp_path / "images" / "mscoco" / "images" / "train2014"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (40, 20), (9, 9, 9)).save(pictures / "one.jpg")
+    sentences = [{"sent": "left thing"}, {"sent": "the dark thing"}]
+    references = [
+        {"split": "val", "image_id": 3, "ann_id": 8, "sentences": sentences},
+        {"split": "train", "image_id": 3, "ann_id": 8, "sentences": sentences},
+    ]
+    (folder / "refs(unc).json").write_text(json.dumps(references))
+    instances = {
+        "images": [{"id": 3, "file_name": "one.jpg", "height": 20, "width": 40}],
+        "annotations": [{"id": 8, "segmentation": [[0, 0, 9, 0, 9, 9, 0, 9]]}],
+    }
+    (folder / "instances.json").write_text(json.dumps(instances))
+    return tmp_path
+
+
+def test_refcoco(refcoco):
+    samples = data.refcoco_samples(refcoco, "refcoco", "val", None)
+    assert [s.expression for s in samples] == ["left thing", "the dark thing"]
+    assert {s.scene for s in samples} == {3}
+    assert samples[0].picture().size == (40, 20)
+    assert samples[0].truth().shape == (20, 40)
+    assert len(data.refcoco_samples(refcoco, "refcoco", "val", 1)) == 1
+    with pytest.raises(ValueError, match="it has train, val"):
+        data.refcoco_samples(refcoco, "refcoco", "testA", None)
+    with pytest.raises(ValueError, match="is not there"):
+        data.refcoco_samples(refcoco, "refcocog", "val", None)
+
+
+def test_davis(tmp_path):
+    with pytest.raises(ValueError, match="is not there"):
+        data.davis_samples(tmp_path, None)
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("bear\n")
+    (tmp_path / "davis_text_annotations").mkdir()
+    lines = 'bear 1 "a brown bear"\nbear 2 "a stone"\ncar 1 "a car"\n'
+    (tmp_path / "davis_text_annotations" / "Davis17_annot1.txt").write_text(lines)
+    for kind in ("JPEGImages", "Annotations"):
+        (tmp_path / kind / "480p" / "bear").mkdir(parents=True)
+    for index in range(3):
+        Image.new("RGB", (40, 20)).save(tmp_path / "JPEGImages" / "480p" / "bear" / f"{index:05d}.jpg")
+        objects = np.zeros((20, 40), dtype=np.uint8)
+        objects[:, index : index + 5], objects[:3, 30:] = 1, 2
+        mask = Image.fromarray(objects, mode="P")
+        mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        mask.save(tmp_path / "Annotations" / "480p" / "bear" / f"{index:05d}.png")
+    samples = data.davis_samples(tmp_path, None)
+    assert [s.expression for s in samples] == ["a brown bear", "a stone"]
+    assert [frame.size for frame in samples[0].picture()] == [(40, 20)] * 3
+    assert [int(frame.sum()) for frame in samples[0].truth()] == [100] * 3
+    assert int(samples[1].truth()[0].sum()) == 30
+
+
+def _world(count=6):
+    return data.world_samples(count, seed=7, size=32)
+
+
+def test_the_worlds_samples_share_no_scene():
+    samples = data.world_samples(13, seed=7, size=32)
+    assert len(samples) == 13
+    assert len({s.scene for s in samples}) == 13
+    assert [s.split for s in samples[:3]] == ["colour"] * 3
+    again = data.world_samples(3, seed=7, size=32, splits=("stop words",))
+    assert len(again) == 9
+    assert len({s.scene for s in again}) == 3
+    assert not data.world_samples(1, seed=7, size=32, splits=("none",))[0].truth().any()
+
+
+def test_every_rung_is_what_its_settings_say():
+    pipe, samples = sd3(), _world()
+    rungs = ladder.rungs_of(RefAMConfig(encoder="clip", blocks="0-1"))
+    ladder.climb(pipe, samples, rungs, batch=4, size=None)
+    assert [len(rung.answers) for rung in rungs] == [6] * 7
+    for rung in rungs[1:]:
+        for sample, answer in zip(samples, rung.answers, strict=True):
+            found = pipe(sample.picture(), sample.expression, config=rung.config)
+            assert (
+                answer.overlap == ladder.measured(found.heat, found.point, found.mask, sample.truth()).overlap
+            )
+    plain, stop = rungs[0], rungs[1]
+    assert [a.precision for a in plain.answers] != [a.precision for a in stop.answers]
+    # The noun phrase matters where a relation is said, and only there.
+    changed = [a.precision != b.precision for a, b in zip(rungs[1].answers, rungs[2].answers, strict=True)]
+    assert [s.split in ("relation", "occlusion", "position") for s in samples] == changed
+
+
+def test_priors_need_no_model():
+    samples = _world()
+    middle, box = ladder.priors(samples, 0.04, seed=0)
+    for rung in (middle, box):
+        assert all(a.overlap[1] >= 40 for a in rung.answers)  # a box of 4 % is 41 pixels
+    assert [a.precision for a in middle.answers] != [a.precision for a in box.answers]
+
+
+def test_settings_are_chosen_by_both_measures(tmp_path):
+    calibration = Calibration(sd3(), _world(), batch=6)
+    best = calibration.run(RefAMConfig())
+    assert calibration.blocks == 2
+    assert best.value >= max(t.value for t in calibration.tried) - 0.25
+    tried = {
+        (t.config.direction, t.config.encoder, t.config.blocks, t.config.sigma) for t in calibration.tried
+    }
+    assert len(tried) == 2 * 2 * 3 * 4
+    # What was tried in one pass is what grounding does with these settings.
+    chosen = next(t for t in calibration.tried if t.config.blocks == "1" and t.config.direction == "i2t")
+    hits = 0
+    for sample in _world():
+        x, y = sd3()(sample.picture(), sample.expression, config=chosen.config).point
+        hits += bool(sample.truth()[int(y), int(x)])
+    assert chosen.pointing == pytest.approx(100 * hits / 6)
+    default = RefAMConfig().as_dict()
+    settings = {n: v for n, v in best.config.as_dict().items() if v != default[n]}
+    write_preset(tmp_path / "p.json", "m", settings, {"why": 1})
+    assert RefAMConfig.from_dict(json.loads((tmp_path / "p.json").read_text())["settings"]) == best.config
+    with pytest.raises(ValueError, match="no option"):
+        write_preset(tmp_path / "p.json", "m", {"blocs": "1"}, {})
+
+
+def test_the_shipped_preset_is_whole():
+    found = preset("shapes-sd3")
+    assert found is not None
+    assert found.evidence["tried"] > 100
+    assert preset("no-model") is None
+
+
+def test_ranges_of_blocks():
+    assert block_ranges(3, 1) == ["0", "1", "2", "0-1", "1-2", "0-2"]
+    assert block_ranges(6, 3) == ["0-2", "0-5", "3-5"]
