@@ -204,7 +204,7 @@ def learning_rate_at(
 
 def _is_hidden_matrix(name: str, value: Tensor) -> bool:
     """Attention and feed-forward matrices of a layer; embeddings, modulation and output are not."""
-    inside = "transformer_blocks." in name or ".layers." in name or ".block." in name
+    inside = any(part in name for part in ("transformer_blocks.", ".blocks.", ".layers.", ".block."))
     outside = "norm" in name or "embed" in name or "relative_attention_bias" in name
     return value.dim() == 2 and inside and not outside
 

@@ -1,0 +1,68 @@
+"""What `evaluate_zoo_video.py` asks of a video model: fixed unseen captions, and the judge's readings."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffctrl.zoo import clips, judge
+from diffctrl.zoo.clips.vocabulary import BACK_PHRASE, MOTIONS, WALL_PHRASE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoSuite:
+    """Fixed clips with captions that name everything.
+
+    Args:
+        scenes: the clips that the captions describe; their renders give the judge's ceiling.
+        facts: what each caption names.
+        captions: one per clip.
+    """
+
+    scenes: clips.Clips
+    facts: list[clips.ClipFacts]
+    captions: list[str]
+
+
+def video_suite(
+    count: int, *, seed: int, frames: int = 33, forms: tuple[str, ...] | None = None
+) -> VideoSuite:
+    """`count` unseen clips of the given forms, all of them named in full."""
+    scenes = clips.sample(count, seed=seed, split="test", frames=frames, forms=forms)
+    draw = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(count, clips.CAPTION_UNIFORMS, generator=draw)
+    uniforms = clips.detailed(uniforms, torch.ones(count, dtype=torch.bool))
+    captions = clips.to_text(clips.caption_words(scenes, uniforms))
+    return VideoSuite(scenes=scenes, facts=clips.said(scenes, uniforms), captions=captions)
+
+
+def judged(videos: Tensor, suite: VideoSuite) -> dict[str, list[bool]]:
+    """Named facts of clips (N, T, 3, H, H) in [0, 1], by kind, each right or wrong; "exact" once per clip.
+
+    "direction" is the motion of the objects that go left, right, up or down and no more.
+    """
+    found: dict[str, list[bool]] = {}
+    for video, facts in zip(videos, suite.facts, strict=True):
+        verdict = judge.check_clip(video, facts)
+        found.setdefault("exact", []).append(verdict.exact)
+        for name, flags in judge.clip_rates([verdict]).items():
+            found.setdefault(name, []).extend(flags)
+        for wanted, one in zip(facts.objects, verdict.objects, strict=True):
+            for name, belongs in _kinds(wanted.motion or "").items():
+                if belongs:
+                    found.setdefault(name, []).append(one["motion"])
+    return found
+
+
+def _kinds(motion: str) -> dict[str, bool]:
+    return {
+        "direction": motion in MOTIONS[:4],
+        "behind the wall": motion.endswith(WALL_PHRASE),
+        "there and back": motion.endswith(BACK_PHRASE),
+    }
+
+
+def judged_line(videos: Tensor, suite: VideoSuite) -> str:
+    """Shares of right facts in one line."""
+    rates = judged(videos, suite).items()
+    return "  ".join(f"{name} {100 * sum(f) / len(f):.0f}% ({len(f)})" for name, f in sorted(rates))

@@ -1,0 +1,127 @@
+"""The training of the video model: whole-clip passes equal to the stock modules, resumable slices, packs."""
+
+import pytest
+import torch
+
+from diffctrl.scripts import train_zoo_video
+from diffctrl.scripts.training_video_forward import VideoForward, decode, encode, to_rows
+from diffctrl.scripts.training_video_pack import (
+    assemble_video,
+    disassemble_video,
+    read_video_pack,
+    write_video_pack,
+)
+from diffctrl.zoo import clips
+from diffctrl.zoo.video import VideoSize, caption_ids, video_parts, video_pipeline
+
+SMALL = VideoSize(
+    pixels=32, latent_channels=4, vae_width=4, layers=2, heads=2, head_dim=16, mlp=48, text_width=16
+)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    parts = video_parts(SMALL)
+    for _, module in parts.items():  # nothing is zero, so that no path is hidden by a closed gate
+        for parameter in module.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        module.eval()
+    return parts
+
+
+def test_full_size_is_what_the_package_has_room_for():
+    counts = {name: sum(p.numel() for p in module.parameters()) for name, module in video_parts().items()}
+    assert 4.4e6 < counts["transformer"] < 4.7e6
+    assert counts["vae"] < 0.7e6
+    assert sum(counts.values()) * 2 <= 11.1e6
+
+
+@torch.no_grad()
+def test_whole_clips_equal_the_stock_autoencoder(parts):
+    video = torch.rand(2, 3, 9, 32, 32) * 2 - 1
+    mean, log_variance = encode(parts.vae, video.transpose(1, 2))
+    stock = parts.vae.encode(video).latent_dist
+    torch.testing.assert_close(mean.transpose(1, 2), stock.mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(log_variance.transpose(1, 2), stock.logvar, atol=1e-5, rtol=1e-4)
+    latents = torch.randn(2, 4, 5, 8, 8)
+    own = decode(parts.vae, latents.transpose(1, 2)).transpose(1, 2).clamp(-1, 1)
+    torch.testing.assert_close(own, parts.vae.decode(latents).sample, atol=1e-5, rtol=1e-4)
+
+
+def _ids(count: int) -> tuple[torch.Tensor, list[str]]:
+    scenes = clips.sample(count, seed=5)
+    draw = torch.rand(count, clips.CAPTION_UNIFORMS, generator=torch.Generator().manual_seed(1))
+    words = clips.caption_words(scenes, draw)
+    words[0] = -1
+    return caption_ids(words), clips.to_text(words)
+
+
+@torch.no_grad()
+def test_text_equals_the_pipelines_encoding(parts):
+    ids, captions = _ids(5)
+    expected, _ = video_pipeline(parts).encode_prompt(
+        captions, do_classifier_free_guidance=False, max_sequence_length=32, device=torch.device("cpu")
+    )
+    torch.testing.assert_close(
+        VideoForward(parts, compiled=False).encode_text(ids), expected, atol=2e-5, rtol=1e-4
+    )
+
+
+def test_loss_and_gradients_equal_the_stock_forward(parts):
+    ids, _ = _ids(2)
+    torch.manual_seed(1)
+    latents, noise = torch.randn(2, 2, 4, 3, 8, 8)
+    level = torch.tensor([0.2, 0.8])
+    transformer, forward = parts.transformer, VideoForward(parts, compiled=False)
+    forward.loss(to_rows(latents), ids, to_rows(noise), level).backward()
+    own = [value.grad.clone() for value in transformer.parameters()]
+    transformer.zero_grad()
+    mixed = torch.lerp(latents, noise, level[:, None, None, None, None])
+    out = transformer(mixed, level * 1000, forward.encode_text(ids), return_dict=False)[0]
+    (out - (noise - latents)).square().mean().backward()
+    for mine, value in zip(own, transformer.parameters(), strict=True):
+        torch.testing.assert_close(mine, value.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_hidden_matrices_of_wan_go_to_muon(parts):
+    from diffctrl.scripts.training_optimizer import Optimizer
+
+    named = {f"transformer.{name}": value for name, value in parts.transformer.named_parameters()}
+    muon = Optimizer(named, kind="muon").muon
+    assert muon is not None
+    assert sum(len(group) for group in muon.groups.values()) == SMALL.layers * 10
+
+
+def test_smoke_run_stops_continues_and_becomes_a_pipeline(tmp_path, capsys):
+    from diffusers import WanPipeline
+
+    torch.set_num_threads(1)
+    vae, pack = tmp_path / "vae", tmp_path / "pack.safetensors"
+    train_zoo_video.main(["vae", "--smoke", "--out", str(vae), "--minutes", "0.02", "--pool", "16"])
+    command = ["wan", "--smoke", "--vae", str(vae / "vae.safetensors"), "--state", str(tmp_path / "state")]
+    command += ["--pack", str(pack), "--minutes", "0.05", "--pool", "16", "--keep-pool"]
+    train_zoo_video.main([*command, "--slice-seconds", "0"])
+    assert "call again" in capsys.readouterr().out
+    train_zoo_video.main([*command, "--slice-seconds", "100000"])
+    out = capsys.readouterr().out
+    assert "encoded clips loaded" in out
+    assert "continuing at step" in out
+    assert "last check: background" in out
+    assert "finished" in out
+    assemble_video(pack, tmp_path / "model")
+    pipeline = WanPipeline.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    read, facts = read_video_pack(pack)
+    assert list(pipeline.vae.config.latents_std) == facts["latents_std"]
+    for name, module in read.items():
+        loaded = getattr(pipeline, name).state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in module.state_dict().items()), name
+    disassemble_video(tmp_path / "model", tmp_path / "again")
+    again, _ = read_video_pack(tmp_path / "again" / "pack.safetensors")
+    for (_, first), (_, second) in zip(read.items(), again.items(), strict=True):
+        assert all(map(torch.equal, first.parameters(), second.parameters()))
+    write_video_pack(video_parts(SMALL), pack, facts)
+    with pytest.raises((ValueError, RuntimeError)):
+        read_video_pack(pack)
