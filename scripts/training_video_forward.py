@@ -1,4 +1,4 @@
-"""The forward passes of the video model as training runs them: the stock modules' weights, whole clips at once.
+"""The forward passes of the video model in training: the stock modules' weights, whole clips at once.
 
 The stock autoencoder walks through a clip in chunks with caches; here all frames pass together, and a causal
 3-D convolution is a 2-D one over stacked neighbouring frames, for which fast kernels exist at few channels.
@@ -139,7 +139,7 @@ class VideoForward:
         self._buckets: Tensor | None = None
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """(B, 32) long token ids -> (B, 32, D), zero after the end of each caption, as the pipeline has it."""
+        """(B, 32) long token ids -> (B, 32, D), zero after each caption's end, as in the pipeline."""
         encoder: Any = self.parts.text_encoder
         stack = encoder.encoder
         shown = ids != encoder.config.pad_token_id

@@ -104,14 +104,15 @@ license: apache-2.0
 ---
 # shapes-wan
 
-A tiny Wan pipeline (Wan transformer, causal AutoencoderKLWan, UMT5) that draws clips of one or two moving shapes
-from captions of a generated world. It exists so that attention methods for video can be run and measured
-offline, on a CPU. It knows no other clips: a figure measured on it says nothing of large models.
+A tiny Wan pipeline (Wan transformer, causal AutoencoderKLWan, UMT5) that draws clips of one or two moving
+shapes from captions of a generated world. It exists so that attention methods for video can be run and
+measured offline, on a CPU. It knows no other clips: a figure measured on it says nothing of large models.
 
-- Data: the generator `diffctrl.zoo.clips` at commit `{facts.get("commit", "unknown")}`; nothing else. 5 % of the
-  (colour, shape, motion) triples were never shown.
-- Training: {facts.get("steps")} steps, {float(facts.get("minutes", 0.0)):.1f} minutes on {facts.get("device")},
-  optimizer {facts.get("optimizer")}, noise shift {facts.get("shift")}. Weights are the running average, float16.
+- Data: the generator `diffctrl.zoo.clips` at commit `{facts.get("commit", "unknown")}`; nothing else.
+  5 % of the (colour, shape, motion) triples were never shown.
+- Training: {facts.get("steps")} steps, {float(facts.get("minutes", 0.0)):.1f} minutes on
+  {facts.get("device")}, optimizer {facts.get("optimizer")}, noise shift {facts.get("shift")}.
+  Weights are the running average, stored as float16.
 - Autoencoder: {float(facts.get("psnr_mean_db", 0.0)):.1f} dB PSNR on average over unseen clips.
 - Call: the arguments in `diffctrl.json`; {call["num_frames"]} frames of {call["height"]} px. Longer clips run
   and are not what it was trained on.

@@ -211,8 +211,8 @@ def _finish(
     }
     (options.out / "vae.json").write_text(json.dumps(facts, indent=2) + "\n")
     say(
-        f"autoencoder: PSNR {facts['psnr_mean_db']:.2f} dB mean, {facts['psnr_5th_percentile_db']:.2f} dB 5th "
-        f"percentile on {len(decibels)} unseen clips (bar 30 dB)",
+        f"autoencoder: PSNR {facts['psnr_mean_db']:.2f} dB mean, {facts['psnr_5th_percentile_db']:.2f} dB "
+        f"5th percentile on {len(decibels)} unseen clips (bar 30 dB)",
         since=since,
     )
     return facts

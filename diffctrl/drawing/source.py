@@ -50,6 +50,11 @@ class ModelSource:
         if name in registry.EMBEDDED:
             if registry.EMBEDDED[name].kind == "text":
                 raise BadRequestError(f"{name} writes text, it draws nothing; use it with `diffctrl text`")
+            if registry.EMBEDDED[name].kind == "video":
+                raise BadRequestError(
+                    f"{name} makes clips, and this command makes pictures; from Python, "
+                    f"diffctrl.zoo.registry.load({name!r}) gives its pipeline"
+                )
             try:
                 folder = registry.path(name)
             except FileNotFoundError as error:

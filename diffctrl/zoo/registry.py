@@ -42,6 +42,13 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             description="A tiny Stable Diffusion 3 that draws shapes and characters, 128 x 128 px.",
         ),
         EmbeddedModel(
+            name="shapes-wan",
+            folder="shapes-wan",
+            kind="video",
+            pipeline="diffusers.WanPipeline",
+            description="A tiny Wan that draws clips of moving shapes, 33 frames of 64 x 64 px.",
+        ),
+        EmbeddedModel(
             name="scenes-lm",
             folder="scenes-lm",
             kind="text",

@@ -1,7 +1,7 @@
 """The architecture of the embedded video model `shapes-wan`, built from scratch with its start weights.
 
-A causal autoencoder that turns 33 frames of 64 px into 17 x 16 x 16 x 8, a Wan transformer of 8 layers x 6 heads
-x 32 channels in which one latent frame is 64 tokens, and a UMT5 encoder.
+A causal autoencoder that turns 33 frames of 64 px into 17 x 16 x 16 x 8, a Wan transformer of 8 layers x 6
+heads x 32 channels in which one latent frame is 64 tokens, and a UMT5 encoder.
 """
 
 from dataclasses import dataclass

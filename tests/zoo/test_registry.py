@@ -30,6 +30,8 @@ def test_missing_weights_are_named(monkeypatch, tmp_path):
         registry.path("shapes-sd3")
     with pytest.raises(FileNotFoundError, match="train_zoo_text"):
         registry.path("scenes-lm")
+    with pytest.raises(FileNotFoundError, match="train_zoo_video"):
+        registry.path("shapes-wan")
 
 
 def test_importing_the_zoo_loads_no_heavy_package():

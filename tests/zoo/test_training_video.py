@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffctrl.scripts import train_zoo_video
+from diffctrl.scripts import evaluate_zoo_video, train_zoo_video
 from diffctrl.scripts.training_video_forward import VideoForward, decode, encode, to_rows
 from diffctrl.scripts.training_video_pack import (
     assemble_video,
@@ -100,7 +100,17 @@ def test_smoke_run_stops_continues_and_becomes_a_pipeline(tmp_path, capsys):
     vae, pack = tmp_path / "vae", tmp_path / "pack.safetensors"
     train_zoo_video.main(["vae", "--smoke", "--out", str(vae), "--minutes", "0.02", "--pool", "16"])
     command = ["wan", "--smoke", "--vae", str(vae / "vae.safetensors"), "--state", str(tmp_path / "state")]
-    command += ["--pack", str(pack), "--minutes", "0.05", "--pool", "16", "--keep-pool"]
+    command += [
+        "--pack",
+        str(pack),
+        "--minutes",
+        "0.05",
+        "--pool",
+        "16",
+        "--keep-pool",
+        "--check-captions",
+        "1",
+    ]
     train_zoo_video.main([*command, "--slice-seconds", "0"])
     assert "call again" in capsys.readouterr().out
     train_zoo_video.main([*command, "--slice-seconds", "100000"])
@@ -109,7 +119,12 @@ def test_smoke_run_stops_continues_and_becomes_a_pipeline(tmp_path, capsys):
     assert "continuing at step" in out
     assert "last check: background" in out
     assert "finished" in out
-    assemble_video(pack, tmp_path / "model")
+    figures = evaluate_zoo_video.main(
+        ["--pack", str(pack), "--n", "0", "--walls", "1", "--steps", "1", "--frames", "17", "--cpu"]
+    )["figures"]
+    (bar,) = [row["bar"] for row in figures if row["name"] == "behind the wall: reappears"]
+    assert bar is None  # 17 frames are not the length that the gate is for
+    assemble_video(pack, tmp_path / "model", metrics={"figures": figures})
     pipeline = WanPipeline.from_pretrained(
         tmp_path / "model", dtype=torch.float32, use_safetensors=True, local_files_only=True
     )

@@ -5,8 +5,8 @@ What a caption names can be seen in 33 frames of 64 pixels:
 * speeds are two classes with a gap, per frame and not per clip;
 * a move stops before the frame's edge; two objects keep to their halves of the picture and differ in colour;
 * nothing that could rotate unseen rotates; every angle, size and place changes steadily;
-* the wall is gray and never on a gray ground, wide enough to hide the object for several frames, and leaves it
-  whole on both sides;
+* the wall is gray and never on a gray ground, wide enough to hide the object for several frames, and
+  leaves it whole on both sides;
 * there-and-back ends where it began, and a bounce comes down at least twice.
 """
 

@@ -1,9 +1,10 @@
 """Captions of clips as tensors, and what they name.
 
-As in `diffctrl.zoo.worlds.captions`, one plan, drawn from uniforms with tensor operations, decides which fields
-are named; `caption_words` and `said` read it.
+As in `diffctrl.zoo.worlds.captions`, one plan, drawn from uniforms with tensor operations, decides which
+fields are named; `caption_words` and `said` read it.
 
-    caption := object motion [speed] ["while" object motion [speed]] ["on a" background [texture] "background"]
+    caption := object motion [speed] ["while" object motion [speed]] [ground]
+    ground  := "on a" background [texture] "background"
     object  := ("a" | "the") [colour] (shape | "one")
     motion  := a name of MOTIONS | move "behind a gray wall" | move "and back" | move "then" move
 """
@@ -29,7 +30,7 @@ CAPTION_UNIFORMS = len(_GLOBALS) + MAX_FILLERS + MAX_OBJECTS * len(_FIELDS)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectFacts:
-    """What is named of one object; None where nothing is said. `motion` is the whole phrase of the grammar."""
+    """What is named of one object; None where nothing is said. `motion` is the whole phrase."""
 
     colour: str | None = None
     shape: str | None = None

@@ -37,10 +37,10 @@ class Clips:
         shape, colour, motion, then, speed: (B, N) int64; `then` is the second motion of form "then". `speed`
             is an index into SPEEDS, -1 where the motion has none to tell.
         rgb: (B, N, 3) float.
-        x, y, radius, angle: (B, N) float at the first frame; of an orbit x and y are the centre, and `angle` is
-            radians clockwise.
+        x, y, radius, angle: (B, N) float at the first frame; of an orbit x and y are the centre. `angle` is
+            in radians clockwise.
         rate: (B, N) float: way or growth per frame, bounces per frame, or radians per frame.
-        reach: (B, N) float: the longest way, the height of a bounce, the radius of an orbit, the whole growth.
+        reach: (B, N) float: the longest way, a bounce's height, an orbit's radius, the whole growth.
         phase: (B, N) float: where an orbit starts, radians.
     """
 

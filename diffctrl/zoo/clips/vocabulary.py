@@ -1,7 +1,7 @@
 """Names and the word list of the world of clips.
 
-The index of a name in its tuple is the integer that a clip stores for it. Colours and backgrounds are those of
-`diffctrl.zoo.worlds`.
+The index of a name in its tuple is the integer that a clip stores for it. Colours and backgrounds are those
+of `diffctrl.zoo.worlds`.
 """
 
 from diffctrl.zoo.worlds.vocabulary import BACKGROUNDS, COLOURS, FILLERS

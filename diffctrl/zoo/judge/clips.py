@@ -23,8 +23,8 @@ class Seen:
 
     Attributes:
         facts: colour and shape that most frames show, motion and speed over all of them; None where unclear.
-        colour_drift: distance in RGB, [0, 1] each, between the median colour of the first and of the last third
-            of the frames that show it. NaN where either shows nothing.
+        colour_drift: distance in RGB, [0, 1] each, between the median colours of the first and the last third
+            of the frames, where they show it. NaN where either shows nothing.
         size_drift: relative change of the radius between the same, of objects that do not grow or shrink.
         presence: share of frames in which it is seen.
         reappears: behind a wall, whether an object of the same colour and shape comes out on the other side;

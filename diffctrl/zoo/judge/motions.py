@@ -25,7 +25,7 @@ _WAYS = (-1 + 0j, 1 + 0j, 0 - 1j, 0 + 1j)  # of the first four MOTIONS, y down
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Motion:
-    """What a track does: phrase of the grammar or None where nothing fits, speed or None where it has none."""
+    """What a track does: phrase or None where nothing fits, speed or None where it has none."""
 
     phrase: str | None
     speed: str | None = None

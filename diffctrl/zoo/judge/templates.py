@@ -166,7 +166,7 @@ def shape_bank() -> Bank:
 
 @lru_cache(maxsize=1)
 def turning_bank() -> Bank:
-    """Silhouettes of the shapes that clips have, at every angle that looks different, about 5 degrees apart."""
+    """Silhouettes of the shapes that clips have, at every angle that looks different, 5 degrees apart."""
     entries = []
     for name, period in TURN_PERIODS.items():
         for step in range(steps := round(period / 5) if period else 1):
