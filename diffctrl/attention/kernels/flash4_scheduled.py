@@ -17,7 +17,8 @@ Imports the library at its top, so only `flash4` imports this, lazily; for the p
 """
 
 # The bodies are traced: what looks like tensors and numbers here are values of the device.
-# pyright: basic
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportIncompatibleMethodOverride=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
