@@ -144,7 +144,8 @@ class Evaluation:
                 if variant.processor is not None:
                     note += (
                         f"; density {reading.density:.3f}, retained {reading.mass:.3f}, "
-                        f"{reading.sparse_steps} of {reading.steps} steps sparse"
+                        f"{reading.sparse_steps} of {reading.steps} steps sparse, blocks of "
+                        f"{self.options.block_size}"
                     )
                 bar = _dense_bar(suite.name) if dense is None and not self._files else None
                 figures = [
