@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from diffctrl.drawing.hunt_plan import built_in_prompts
 from diffctrl.scripts.bench.harness import Figure, print_table, write_report
 from diffctrl.scripts.evaluation_guidance import (
     Condition,
@@ -28,10 +27,11 @@ from diffctrl.scripts.evaluation_guidance import (
     paired,
     random_sets,
     styleless_pairs,
+    unknown_to,
     unseen_pairs,
 )
 from diffctrl.scripts.evaluation_image import share
-from diffctrl.scripts.find_headsets import scoring_workers
+from diffctrl.scripts.find_headsets import pairs_of, scoring_workers
 from diffctrl.softpag import library
 from diffctrl.softpag.headhunt import Pair
 from diffctrl.softpag.headset import HeadSet
@@ -123,7 +123,7 @@ def _quality(
     studio: Studio, hunted: HeadSet, options: argparse.Namespace, figures: list[Figure]
 ) -> Conditions:
     """Every condition on the same prompts and noise."""
-    pairs = unseen_pairs(options.n)
+    pairs = unknown_to(unseen_pairs(options.n), [hunted])
     heads, layers = tuple(hunted), _layers(studio)
     middle = layers[len(layers) * 3 // 8]
     best, shares = _best_layer(studio, layers, options)
@@ -169,8 +169,7 @@ def _layers(studio: Studio) -> list[Set]:
 
 def _best_layer(studio: Studio, layers: list[Set], options: argparse.Namespace) -> tuple[int, list[float]]:
     """The layer whose full perturbation obeys the search prompts best, and the mean share of each."""
-    texts = built_in_prompts(options.search)
-    pairs = [Pair(text, index) for index, text in enumerate(texts)]
+    pairs = pairs_of(library.DEFAULT, options.search)
     print("layers, on search prompts")
     drawn = [
         studio.draw(Condition(name=f"layer {index}", heads=heads, u=1.0, w=options.w), pairs)
@@ -224,10 +223,12 @@ def _styles(studio: Studio, options: argparse.Namespace, figures: list[Figure]) 
     if not known:
         print("styles: no head sets are shipped")
         return
-    pairs = styleless_pairs(options.styles)
+    signature = studio.universe.signature
+    found = {style: library.find(f"style:{style}", signature) for style in known}
+    pairs = unknown_to(styleless_pairs(options.styles), found.values())
     print("styles")
     stock = studio.draw(Condition(name="no guidance"), pairs)
-    sets = {style: tuple(library.find(f"style:{style}", studio.universe.signature)) for style in known}
+    sets = {style: tuple(headset) for style, headset in found.items()}
     common = {"u": options.u, "w": options.w}
     sizes = max(len(heads) for heads in sets.values())
     others = random_sets(studio.universe, sizes, len(pairs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -19,6 +19,7 @@ from diffctrl.scripts.evaluation_image import named_facts, suites, to_bytes
 from diffctrl.softpag import Head
 from diffctrl.softpag.headhunt import HuntConfig, Pair, Universe
 from diffctrl.softpag.headhunt.objectives import SharpnessObjective
+from diffctrl.softpag.headset import HeadSet
 from diffctrl.zoo import worlds
 
 Set = tuple[Head, ...]
@@ -214,6 +215,12 @@ def styleless_pairs(count: int) -> list[Pair]:
     said = worlds.said(scenes, uniforms)
     kept = [text for text, facts in zip(texts, said, strict=True) if facts.style is None]
     return [Pair(text, _STYLE_SEED + index) for index, text in enumerate(kept[:count])]
+
+
+def unknown_to(pairs: Sequence[Pair], headsets: Iterable[HeadSet]) -> list[Pair]:
+    """The pairs whose prompts no search has used: short captions come up in both streams."""
+    used = {prompt for headset in headsets for prompt, _ in headset.pairs}
+    return [pair for pair in pairs if pair.prompt not in used]
 
 
 def random_sets(universe: Universe, size: int, count: int) -> list[Set]:

@@ -43,6 +43,7 @@ from diffctrl.zoo.worlds import vocabulary
 
 QUALITY = "quality"
 NAMES = (QUALITY, *(f"style:{style}" for style in vocabulary.STYLES))
+_POOL = 4
 _STYLE_SEED = 10_000  # a style search has prompts and noise of its own
 
 
@@ -105,11 +106,17 @@ def search(
 
 
 def pairs_of(name: str, count: int) -> list[Pair]:
-    """Prompts of the search; those of a style name none."""
-    quality = name == QUALITY
-    first = 0 if quality else _STYLE_SEED
-    texts = built_in_prompts(count, name_style=quality)
-    return [Pair(text, first + index) for index, text in enumerate(texts)]
+    """Prompts of the search; those of a style name none.
+
+    For quality they are the longest of several times as many: they name most, so that a picture has most to
+    get wrong, and heads differ most.
+    """
+    if name != QUALITY:
+        texts = built_in_prompts(count, name_style=False)
+        return [Pair(text, _STYLE_SEED + index) for index, text in enumerate(texts)]
+    pool = built_in_prompts(_POOL * count)
+    texts = sorted(pool, key=lambda text: -len(text.split()))[:count]  # stable: the order of the pool
+    return [Pair(text, index) for index, text in enumerate(texts)]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Found]:

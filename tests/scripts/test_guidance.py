@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffctrl.drawing.hunt_plan import built_in_prompts
 from diffctrl.scripts import find_headsets
 from diffctrl.scripts.bench import softpag as bench
 from diffctrl.scripts.evaluate_guidance import RANDOM, _compare, _share
@@ -17,10 +16,12 @@ from diffctrl.scripts.evaluation_guidance import (
     paired,
     random_sets,
     styleless_pairs,
+    unknown_to,
     unseen_pairs,
 )
 from diffctrl.softpag import Head
 from diffctrl.softpag.headhunt import HuntConfig, Universe
+from diffctrl.softpag.headset import Chosen, HeadSet
 from diffctrl.zoo import judge
 from tests import tiny
 from tests.softpag.hunting import UNIVERSE
@@ -34,7 +35,11 @@ def drawn(flags):
 def test_prompts_of_search_and_evaluation_are_apart():
     unseen, styleless = unseen_pairs(20), styleless_pairs(20)
     assert len(set(unseen)) == len(set(styleless)) == 20
-    assert not {pair.prompt for pair in unseen + styleless} & set(built_in_prompts(64))
+    used = HeadSet(chosen=(Chosen(Head(0, 0)),), pairs=((unseen[3].prompt, 7), ("a red star", 0)))
+    assert unknown_to(unseen, [used]) == [pair for pair in unseen if pair != unseen[3]]
+    searched = find_headsets.pairs_of("quality", 24)
+    assert min(len(pair.prompt.split()) for pair in searched) >= 10
+    assert len({pair.prompt for pair in searched}) == 24
     assert all(judge.parse(pair.prompt).style is None for pair in styleless)
     assert {len(judge.parse(pair.prompt).objects) for pair in unseen[:2]} == {1, 2}
     style = find_headsets.pairs_of("style:soft", 8)
