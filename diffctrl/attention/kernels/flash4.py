@@ -215,6 +215,7 @@ def _scheduled(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, needs_lse: bool,
     lists: PreparedLists,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    library()  # first: it sees to the cache on disk
     from . import flash4_scheduled
 
     query, key, value = (t if _as_the_kernel_wants(t) else t.contiguous() for t in (query, key, value))
