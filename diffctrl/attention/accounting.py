@@ -61,7 +61,7 @@ def areas(lists: BlockLists) -> tuple[float, float]:
 
 
 def _covered(lists: BlockLists, counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Keys of each list. Lists ascend, so that the cut block can only be the last entry: no look at the rest."""
+    """Keys of each list. Lists ascend, so that the cut block can only be the last entry."""
     bk, sk = lists.block[1], lists.lengths[1]
     last = indices.gather(-1, (counts - 1).clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
     cut = (counts > 0) & (last == lists.n_k_blocks - 1)
