@@ -249,6 +249,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         began = time.perf_counter()
         reader.learn([text for each in expressions for text in reader.texts(each, config)])
         rows = {each: reader.rows(each, config) for each in dict.fromkeys(expressions)}
+        reader.forget(keep=config.active_magnets)
         text_seconds = (time.perf_counter() - began) / len(pairs)
         known: dict[int, tuple[Seen, Tensor, float]] = {}
         tasks = []
@@ -284,6 +285,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
                 yield processor
         finally:
             self._put_back(installed)
+            self.maybe_free_model_hooks()  # type: ignore[attr-defined] # of a model that is offloaded
 
     def _run(
         self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor, batch_size: int

@@ -26,8 +26,6 @@ from diffctrl.refam import (
 )
 from diffctrl.refam.words import NounPhrase
 
-_TEXTS_AT_ONCE = 64
-
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -134,19 +132,20 @@ class Reader(ABC):
     # --- text -----------------------------------------------------------------------------------------------
 
     def learn(self, texts: Sequence[str]) -> None:
-        """Run the text encoders on what is not known yet, many texts at once."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        for start in range(0, len(new), _TEXTS_AT_ONCE):
-            part = new[start : start + _TEXTS_AT_ONCE]
-            with torch.no_grad():
-                streams, pooled = self._embed(part)
-            for index, text in enumerate(part):
-                rows = {name: value[index] for name, value in streams.items()}
-                self._known[text] = rows, None if pooled is None else pooled[index]
+        """Run the text encoders on what is not known yet.
 
-    def forget(self) -> None:
-        """Drop the encoded texts."""
-        self._known = {}
+        One text at a time: in a batch the last bits would depend on the other texts.
+        """
+        for text in dict.fromkeys(texts):
+            if text not in self._known:
+                with torch.no_grad():
+                    streams, pooled = self._embed([text])
+                rows = {name: value[0] for name, value in streams.items()}
+                self._known[text] = rows, None if pooled is None else pooled[0]
+
+    def forget(self, keep: Sequence[str] = ()) -> None:
+        """Drop the encoded texts: padded, each takes megabytes in a large model."""
+        self._known = {text: rows for text, rows in self._known.items() if text in keep}
 
     def texts(self, expression: str, config: RefAMConfig, more: Sequence[str] = ()) -> list[str]:
         """Every text that `rows` of the same arguments will read."""
@@ -259,7 +258,7 @@ def _main_run(stream: Stream, main: str, embeds: Tensor, *, keep: bool) -> tuple
     encoded = encode(stream.tokenizer, main, limit=stream.limit)
     padding = embeds.shape[0] - len(encoded) if keep else 0
     piece = Piece(encoded=encoded, role="expression", encoder=stream.name, padding=padding)
-    return piece, embeds if keep else embeds[: len(encoded)]
+    return piece, embeds if keep else embeds[: len(encoded)].clone()  # a view would hold the padding
 
 
 def _without_begin(encoded: Encoded, begins: int) -> Encoded:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,19 @@ import torch
 
 from diffctrl.refam import RefAMConfig, metrics
 from diffctrl.refam.presets import FOLDER, preset, write_preset
+from diffctrl.scripts import grounding_extras as extras
 from diffctrl.scripts import grounding_ladder as ladder
 from diffctrl.scripts.bench.harness import Figure, print_table, write_report
-from diffctrl.scripts.grounding_data import Sample, davis_samples, refcoco_samples, world_samples
+from diffctrl.scripts.grounding_data import (
+    TEST_SEED,
+    VALIDATION_SEED,
+    Sample,
+    clip_samples,
+    davis_samples,
+    refcoco_samples,
+    world_samples,
+)
 
-TEST_SEED, VALIDATION_SEED = 61_000, 62_000
 EMBEDDED = "shapes-sd3"
 
 
@@ -40,8 +47,10 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
         base = _calibrate(pipe, options)
     began = time.perf_counter()
     kind, _, place = options.data.partition(":")
-    if kind == "davis":
-        figures = _video(pipe, base, davis_samples(Path(place), options.n), options)
+    if kind in ("davis", "clips"):
+        davis = kind == "davis"
+        videos = davis_samples(Path(place), options.n) if davis else clip_samples(options.n, seed=TEST_SEED)
+        figures = _video(pipe, base, "ref-davis17" if davis else "clips", videos, options)
     else:
         samples = _samples(kind, place, options)
         figures = _pictures(pipe, base, samples, kind == "world", options)
@@ -64,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         default="world",
-        help="world, refcoco:FOLDER, refcoco+:FOLDER, refcocog:FOLDER, davis:FOLDER",
+        help="world, clips, refcoco:FOLDER, refcoco+:FOLDER, refcocog:FOLDER, davis:FOLDER",
     )
     parser.add_argument("--split", default="val", help="of RefCOCO")
     parser.add_argument("--n", type=int, default=500, help="expressions; of a dataset, at most")
@@ -104,11 +113,16 @@ def _device(pipe: Any) -> str:
     return torch.cuda.get_device_name() if pipe.device.type == "cuda" else "cpu"
 
 
+def _world(options: argparse.Namespace) -> dict[str, Any]:
+    """Embedded models know the world's own words and its size; for others people's words, large."""
+    return {} if options.model == EMBEDDED else {"size": 512, "wording": "english"}
+
+
 def _samples(kind: str, place: str, options: argparse.Namespace) -> list[Sample]:
     if kind == "world":
-        return world_samples(options.n, seed=TEST_SEED)
+        return world_samples(options.n, seed=TEST_SEED, **_world(options))
     if kind not in ("refcoco", "refcoco+", "refcocog"):
-        raise SystemExit(f"--data {options.data} is none of world, refcoco, refcoco+, refcocog, davis")
+        raise SystemExit(f"--data {options.data} is none of world, clips, refcoco, refcoco+, refcocog, davis")
     return refcoco_samples(Path(place), kind, options.split, options.n)
 
 
@@ -122,9 +136,9 @@ def _pictures(
     figures = _ladder_figures(samples, rungs)
     if world:
         figures += _split_figures(samples, rungs)
-        figures += _stop_words(pipe, base, options)
-        figures += _nothing_meant(pipe, base, options)
-        figures += _shares(pipe, base, options)
+        figures += extras.stop_words(pipe, base, options.n, options.batch, _world(options))
+        figures += extras.nothing_meant(pipe, base, options.n, options.batch, _world(options))
+        figures += extras.shares(pipe, base, options.n, options.batch, _world(options))
     return figures
 
 
@@ -196,108 +210,9 @@ def _split_figures(samples: list[Sample], rungs: list[ladder.Rung]) -> list[Figu
     return figures
 
 
-def _stop_words(pipe: Any, base: RefAMConfig, options: argparse.Namespace) -> list[Figure]:
-    """How much a map changes with 0, 3 and 8 words around the same phrase."""
-    samples = world_samples(max(4, options.n // 8), seed=TEST_SEED, splits=("stop words",))
-    chosen = ladder.rungs_of(base)
-    figures = []
-    for rung in (chosen[0], chosen[-1]):
-        correlations, overlaps, scenes = [], [], []
-        weighed = pipe.weigh(
-            [(s.picture(), s.expression) for s in samples], rung.config, batch_size=options.batch
-        )
-        found = [pipe.conclude(each, rung.config) for each in weighed]
-        if rung.plain:
-            found = [
-                ladder.plain_grounding(w, f, rung.config, pipe) for w, f in zip(weighed, found, strict=True)
-            ]
-        for start in range(0, len(samples), 3):
-            three = found[start : start + 3]
-            for one, other in ((0, 1), (0, 2), (1, 2)):
-                pair = torch.stack([three[one].heat.flatten(), three[other].heat.flatten()])
-                correlations.append(float(torch.corrcoef(pair)[0, 1]))
-                overlaps.append(metrics.iou(*metrics.overlap(three[one].mask, three[other].mask)))
-                scenes.append(start)
-        for name, values in (("map correlation", correlations), ("mask IoU", overlaps)):
-            kept = metrics.bootstrap(scenes, lambda i, v=values: float(sum(v[k] for k in i) / len(i)))
-            figures.append(
-                Figure(
-                    f"paraphrases with 0, 3, 8 stop words, {rung.name}: {name}",
-                    kept.value,
-                    kept.low,
-                    kept.high,
-                    note="mean over pairs",
-                )
-            )
-            print(f"{figures[-1].name}: {kept.value:.3f} [{kept.low:.3f}, {kept.high:.3f}]")
-    return figures
-
-
-def _nothing_meant(pipe: Any, base: RefAMConfig, options: argparse.Namespace) -> list[Figure]:
-    """Whether the largest value of the map tells an object that is there from one that is not.
-
-    RefAM always points somewhere. As a test of rejection, a threshold keeps 95 % of the present objects.
-    """
-    number = max(4, options.n // 8)
-    peaks = {}
-    for split in ("conjunction", "none"):
-        samples = world_samples(number, seed=TEST_SEED + 100, splits=(split,))
-        pairs = [(s.picture(), s.expression) for s in samples]
-        found = pipe.ground(pairs, config=base, batch_size=options.batch)
-        peaks[split] = torch.tensor([float(each.heat.max()) for each in found])
-    threshold = peaks["conjunction"].quantile(0.05)
-    rejected = (peaks["none"] < threshold).double()
-    kept = metrics.bootstrap(range(number), lambda i: 100 * float(rejected[list(i)].mean()))
-    above = (peaks["conjunction"][:, None] > peaks["none"][None, :]).double().mean()
-    print(f"nothing meant: {kept.value:.0f} % rejected where 95 % of present objects are kept; ", end="")
-    print(f"ranked right {100 * float(above):.0f} %")
-    return [
-        Figure(
-            "nothing meant: rejected (N-acc) where 95 % of present objects are kept",
-            kept.value,
-            kept.low,
-            kept.high,
-            "%",
-            note="by the largest value of the map; 5 % would be chance",
-        ),
-        Figure(
-            "nothing meant: pairs ranked right by the largest value",
-            100 * float(above),
-            unit="%",
-            note="50 % would be chance",
-        ),
-    ]
-
-
-def _shares(pipe: Any, base: RefAMConfig, options: argparse.Namespace) -> list[Figure]:
-    """What image queries give to each kind of text token, over all blocks, with and without magnets.
-
-    Where padding takes more than words, it is a magnet that the model was trained with.
-    """
-    samples = world_samples(max(6, options.n // 12), seed=VALIDATION_SEED)
-    pairs = [(s.picture(), s.expression) for s in samples]
-    blocks = f"0-{pipe.weigh(pairs[:1], replace(base, blocks='0'))[0].weights.count - 1}"
-    figures = []
-    for magnets in ("none", "separate"):
-        config = replace(base, blocks=blocks, magnet_encoding=magnets)
-        shares: dict[str, list[float]] = {}
-        for each in pipe.weigh(pairs, config, batch_size=options.batch):
-            for kind in ("content", "outside", "stop", "special", "pad", "magnet"):
-                columns = list(each.rows.table.columns(kind))
-                shares.setdefault(kind, []).append(
-                    100 * float(each.weights.i2t[:, columns].sum(dim=1).mean())
-                )
-        for kind, values in shares.items():
-            found = metrics.bootstrap(range(len(values)), lambda i, v=values: sum(v[k] for k in i) / len(i))
-            name = f"weight of image queries on {kind} tokens, magnets {magnets}"
-            note = f"mean over {len(values)} expressions, blocks and heads"
-            figures.append(Figure(name, found.value, found.low, found.high, "%", note=note))
-        print(f"weight of image queries, magnets {magnets}: ", end="")
-        print(", ".join(f"{kind} {sum(v) / len(v):.1f} %" for kind, v in shares.items()))
-    return figures
-
-
-def _video(pipe: Any, base: RefAMConfig, samples: list[Sample], options: argparse.Namespace) -> list[Figure]:
+def _video(
+    pipe: Any, base: RefAMConfig, name: str, samples: list[Sample], options: argparse.Namespace
+) -> list[Figure]:
     """J&F of tracks, one expression after another."""
     scores = []
     for sample in samples:
@@ -320,14 +235,20 @@ def _video(pipe: Any, base: RefAMConfig, samples: list[Sample], options: argpars
 
     note = f"mean over {options.level}s, {'without' if options.skip_ends else 'with'} first and last frame"
     figures = []
-    for name, values in (
-        ("J&F", [s.mean for s in scores]),
-        ("J", [s.j for s in scores]),
-        ("F", [s.f for s in scores]),
-    ):
-        found = metrics.bootstrap(scenes, lambda i, v=values: mean(v, i))
-        figures.append(Figure(f"ref-davis17: {name}", found.value, found.low, found.high, "%", note=note))
-        print(f"{name}: {found.value:.1f} [{found.low:.1f}, {found.high:.1f}] ({note})")
+    parts = {name: range(len(samples))}
+    for split in dict.fromkeys(sample.split for sample in samples):
+        parts[split] = [i for i, sample in enumerate(samples) if sample.split == split]
+    for part, places in parts.items():
+        for measure, values in (
+            ("J&F", [s.mean for s in scores]),
+            ("J", [s.j for s in scores]),
+            ("F", [s.f for s in scores]),
+        ):
+            found = metrics.bootstrap(
+                [scenes[i] for i in places], lambda k, v=values, p=list(places): mean(v, [p[i] for i in k])
+            )
+            figures.append(Figure(f"{part}: {measure}", found.value, found.low, found.high, "%", note=note))
+            print(f"{part}, {measure}: {found.value:.1f} [{found.low:.1f}, {found.high:.1f}] ({note})")
     return figures
 
 
@@ -338,7 +259,7 @@ def _calibrate(pipe: Any, options: argparse.Namespace) -> RefAMConfig:
     from diffctrl.scripts.grounding_calibration import Calibration
 
     began = time.perf_counter()
-    samples = world_samples(options.validation, seed=VALIDATION_SEED)
+    samples = world_samples(options.validation, seed=VALIDATION_SEED, **_world(options))
     calibration = Calibration(pipe, samples, options.batch)
     best = calibration.run(RefAMConfig())
     unlike = {each.config: each for each in calibration.tried}.values()

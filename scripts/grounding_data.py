@@ -27,9 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffctrl.zoo import worlds
+from diffctrl.zoo import clips, worlds
+from diffctrl.zoo.worlds.expressions import Wording
 from diffctrl.zoo.worlds.referring_set import POINTED, SPLITS, referring_set
 
+# The streams of scenes that figures are taken on, and that settings are chosen on.
+TEST_SEED, VALIDATION_SEED = 61_000, 62_000
 REFERENCES = {"refcoco": "refs(unc).json", "refcoco+": "refs(unc).json", "refcocog": "refs(umd).json"}
 _ANNOTATION = re.compile(r'^(\S+)\s+(\d+)\s+"(.*)"\s*$')
 
@@ -55,7 +58,12 @@ class Sample:
 
 
 def world_samples(
-    count: int, *, seed: int, size: int = 128, splits: tuple[str, ...] = POINTED
+    count: int,
+    *,
+    seed: int,
+    size: int = 128,
+    splits: tuple[str, ...] = POINTED,
+    wording: Wording = "world",
 ) -> list[Sample]:
     """`count` expressions, alike many of each split, rendered at `size` pixels."""
     samples: list[Sample] = []
@@ -63,7 +71,8 @@ def world_samples(
         number = count // len(splits) + (place < count % len(splits))
         if not number:
             continue
-        made = referring_set(split, number, seed=seed + SPLITS.index(split))  # no scene in two splits
+        # A stream for each split, so that no scene is in two of them.
+        made = referring_set(split, number, seed=seed + SPLITS.index(split), wording=wording)
         pictures, masks = worlds.render(made.scenes, size)
         first = len({sample.scene for sample in samples})
         for item in made.items:
@@ -82,6 +91,34 @@ def world_samples(
                     lambda mask=mask: mask,
                 )
             )
+    return samples
+
+
+def clip_samples(count: int, *, seed: int, size: int = 64, frames: int = 17) -> list[Sample]:
+    """`count` expressions about clips of two moving shapes: by colour, by shape, by motion, in turn.
+
+    Colours and motions of the two differ, and shapes where the shape is what is said.
+    """
+    kinds = ("colour", "shape", "motion")
+    pairs = clips.sample(8 * count, seed=seed, frames=frames, split="test", forms=("pair",))
+    samples: list[Sample] = []
+    for index, facts in enumerate(clips.truth(pairs)):
+        kind = kinds[len(samples) % len(kinds)]
+        target = len(samples) // len(kinds) % 2
+        mine, other = (getattr(facts.objects[place], kind) for place in (target, 1 - target))
+        if mine == other or len(samples) == count:
+            continue
+        noun = {"colour": f"{mine} one", "shape": mine, "motion": f"one that {mine}"}[kind]
+        pictures, masks = clips.render(pairs.select([index]), size)
+        samples.append(
+            Sample(
+                f"clips, by {kind}",
+                index,
+                f"the {noun}",
+                lambda frames=pictures[0]: frames,
+                lambda mask=masks[0, :, target] > 0.5: mask,
+            )
+        )
     return samples
 
 

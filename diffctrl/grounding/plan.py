@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffctrl import settings as reading
 from diffctrl.drawing.choices import choose_device
+from diffctrl.drawing.kinds import KINDS
 from diffctrl.drawing.prompts import unknown_words
 from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "shapes-sd3"
 _MOST_PIXELS = 100_000_000
+_VIDEO_MULTIPLE = 16
 _LIBRARIES = ("diffusers", "transformers")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -123,6 +125,8 @@ def make(request: GroundRequest) -> GroundPlan:
     config, preset = _config(source, request.settings)
     device, dtype = choose_device(request.device, request.dtype, small=source.embedded)
     _check_text(source, grounder, config, phrases)
+    _check_size(source, request.size)
+    _check_sam(config)
     _check_blocks(source, config)
     warnings = []
     if source.embedded and (unknown := list(dict.fromkeys(w for p in phrases for w in unknown_words(p)))):
@@ -263,6 +267,30 @@ def _check_text(source: ModelSource, grounder: Grounder, config: Any, phrases: t
                 f"{limit} "
                 "at most"
             )
+
+
+def _check_size(source: ModelSource, size: tuple[int, int] | None) -> None:
+    if size is None:
+        return
+    height, width = size
+    kind = KINDS.get(str(source.config()["_class_name"]))
+    if kind is not None:
+        kind.size_rule(source.config).check(source.name, height=height, width=width)
+    elif min(size) < _VIDEO_MULTIPLE or height % _VIDEO_MULTIPLE or width % _VIDEO_MULTIPLE:
+        raise BadRequestError(
+            f"{source.name} reads sizes that are multiples of {_VIDEO_MULTIPLE}; got {height}x{width}"
+        )
+
+
+def _check_sam(config: Any) -> None:
+    """Read the segmentation model's configuration alone."""
+    if config.sam is not None:
+        from diffctrl.refam.sam import Segmenter
+
+        try:
+            Segmenter(config.sam)
+        except ValueError as error:
+            raise BadRequestError(str(error)) from None
 
 
 def _check_blocks(source: ModelSource, config: Any) -> None:

@@ -128,6 +128,17 @@ def test_the_worlds_samples_share_no_scene():
     assert not data.world_samples(1, seed=7, size=32, splits=("none",))[0].truth().any()
 
 
+def test_clips_are_referred_to_by_what_tells_the_two_apart():
+    samples = data.clip_samples(6, seed=3, size=32)
+    assert [s.split for s in samples] == ["clips, by colour", "clips, by shape", "clips, by motion"] * 2
+    assert samples[0].expression.endswith(" one")
+    assert samples[2].expression.startswith("the one that ")
+    for sample in samples:
+        assert sample.picture().shape == (17, 3, 32, 32)
+        assert sample.truth().shape == (17, 32, 32)
+        assert sample.truth().any()
+
+
 def test_every_rung_is_what_its_settings_say():
     pipe, samples = sd3(), _world()
     rungs = ladder.rungs_of(RefAMConfig(encoder="clip", blocks="0-1"))
