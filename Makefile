@@ -13,6 +13,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PROMPT ?= a red star left of a blue ring
 ARGS ?=
+# Processes of the tests. Each takes one thread: threads of two that share cores wait for each other.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
@@ -47,7 +49,7 @@ doctor: $(STAMP)  ## which kernels and devices work here, and why not
 	@$(BIN)/diffctrl doctor
 
 test: $(DEV_STAMP)  ## run the tests: offline, on the CPU
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(DEV_STAMP)  ## check the style
 	@$(BIN)/ruff check .
