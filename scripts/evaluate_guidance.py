@@ -191,7 +191,7 @@ def _compare(drawn: dict[str, Drawn], figures: list[Figure]) -> None:
             gap = ends[0][1] - ends[1][2]
             note = "lower end of the first's 95 % interval minus the upper end of the second's"
             name = f"exact: room between the intervals of {one} and {other}"
-            figures.append(Figure(name, gap, unit="points", bar=0.0, note=note))
+            figures.append(Figure(name, gap, unit="points", bar=0.1, note=note))
 
 
 def _curves(
@@ -246,7 +246,7 @@ def _styles(studio: Studio, options: argparse.Namespace, figures: list[Figure]) 
         name = f"style {style}: its heads minus no guidance"
         figures.append(Figure(name, value, low, high, "points", note=",".join(map(str, heads))))
         note = "lower end of the interval of the paired difference"
-        figures.append(Figure(f"{name}, at least", low, unit="points", bar=0.0, note=note))
+        figures.append(Figure(f"{name}, at least", low, unit="points", bar=0.1, note=note))
         value, low, high, _ = share([read.exact for read in guided.reads])
         figures.append(Figure(f"style {style}: exact under its heads", value, low, high, "%"))
 
