@@ -118,7 +118,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         Raises:
             TypeError, ValueError: an argument cannot be used; says what can.
         """
-        if isinstance(expression, str):
+        if isinstance(expression, str) or not isinstance(expression, Sequence):
             pairs = [(image, expression)]
             return self.ground(pairs, config=config, size=size, frames=frames, batch_size=1, **settings)[0]
         pairs = [(image, each) for each in expression]
@@ -137,6 +137,8 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         """The same for many (picture, expression) pairs, several in a forward. A result does not depend on
         what else is in its batch.
         """
+        if not pairs:
+            return []
         config = self._settings(config, settings)
         segmenter = self._sam(config)
         tasks = self._tasks(pairs, config, size, frames)
