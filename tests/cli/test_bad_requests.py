@@ -20,7 +20,7 @@ LONG = "a red star " * 200
         (("a red star", "--method", "softpag", "--set", "u=2"), "not in [0, 1]"),
         (("a red star", "--method", "softpag", "--set", "u=strong"), "not a number"),
         (("a red star", "--method", "softpag", "--set", "scope=all"), "not one of joint, image_rows"),
-        (("a red star", "--method", "softpag", "--set", "heads=top"), "names no attention head"),
+        (("a red star", "--method", "softpag", "--set", "heads=top"), "there is no head set 'top'"),
         (("a red star", "--method", "softpag", "--set", "heads=L9"), "head L9 does not exist"),
         (("a red star", "--method", "softpag", "--set", "u"), "not NAME=VALUE"),
         (("a red star", "--method", "softpag", "--method", "none"), "cannot be combined"),

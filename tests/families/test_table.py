@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from torch import nn
 
@@ -534,8 +534,9 @@ def test_foreign_processors_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"runs the processor SlicedAttnProcessor.*knows AttnProcessor, Attn"):
         diffctrl.apply(model, NeutralAttnProcessor())
     model = build("flux")
-    model.transformer_blocks[1].attn.set_processor(FluxIPAdapterAttnProcessor(32, 24))
-    with pytest.raises(TypeError, match=r"transformer_blocks\.1\.attn .* FluxIPAdapterAttnProcessor.*unload"):
+    derived = type("MyFluxProcessor", (FluxAttnProcessor,), {})
+    model.transformer_blocks[1].attn.set_processor(derived())
+    with pytest.raises(TypeError, match=r"transformer_blocks\.1\.attn .* MyFluxProcessor.*unload"):
         diffctrl.apply(model, NeutralAttnProcessor())
 
 
