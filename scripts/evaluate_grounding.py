@@ -235,7 +235,7 @@ def _video(
 
     note = f"mean over {options.level}s, {'without' if options.skip_ends else 'with'} first and last frame"
     figures = []
-    parts = {name: range(len(samples))}
+    parts: dict[str, Any] = {name: range(len(samples))}
     for split in dict.fromkeys(sample.split for sample in samples):
         parts[split] = [i for i, sample in enumerate(samples) if sample.split == split]
     for part, places in parts.items():

@@ -238,7 +238,7 @@ def directions(words: Sequence[Word]) -> tuple[Direction, ...]:
     tail = " ".join(word.key for word in words[phrase[-1] + 1 :] if not word.is_punctuation)
     match = _TAIL.fullmatch(tail)
     if match:
-        found += [_DIRECTIONS[name] for name in match.groups() if name]
+        found.extend(_DIRECTIONS[name] for name in match.groups() if name)
     return tuple(dict.fromkeys(found))
 
 

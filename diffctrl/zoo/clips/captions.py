@@ -67,7 +67,7 @@ def _plan(clips: Clips, uniforms: Tensor) -> _Plan:
         raise ValueError(f"uniforms must be {(len(clips), CAPTION_UNIFORMS)}, got {tuple(uniforms.shape)}")
     head = dict(zip(_GLOBALS, uniforms.unbind(1), strict=False))
     start = len(_GLOBALS) + MAX_FILLERS
-    field = dict(
+    field: dict[str, Tensor] = dict(
         zip(_FIELDS, uniforms[:, start:].reshape(-1, MAX_OBJECTS, len(_FIELDS)).unbind(2), strict=True)
     )
     swapped = ((head["order"] < 0.5) & (clips.count == 2)).long()

@@ -165,7 +165,7 @@ def _median(values: Array) -> Array:
 
 def _reappears(track: Track, wall: tuple[float, float]) -> bool:
     """Whether the same object is whole on one side in the first half and on the other one in the second."""
-    x = np.where(track.whole, track.place.real, np.nan)
+    x = np.where(track.whole, np.real(track.place), np.nan)
     half = len(x) // 2
     for before, after in ((x < wall[0], x > wall[1]), (x > wall[1], x < wall[0])):
         before[half:], after[:half] = False, False
