@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     if options.quick:
         options.n, options.validation = 12, 12
     torch.set_grad_enabled(False)
-    pipe, base = _pipeline(options)
+    pipe, base, plain = _pipeline(options)
     if options.calibrate:
-        base = _calibrate(pipe, options)
+        base, plain = _calibrate(pipe, options)
     began = time.perf_counter()
     kind, _, place = options.data.partition(":")
     if kind in ("davis", "clips"):
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
         figures = _video(pipe, base, "ref-davis17" if davis else "clips", videos, options)
     else:
         samples = _samples(kind, place, options)
-        figures = _pictures(pipe, base, samples, kind == "world", options)
+        figures = _pictures(pipe, base, plain, samples, kind == "world", options)
     print(f"\n{time.perf_counter() - began:.0f} s, {_device(pipe)}, {pipe.transformer.dtype}")
     write_report(
         options.out,
@@ -93,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pipeline(options: argparse.Namespace) -> tuple[Any, RefAMConfig]:
+def _pipeline(options: argparse.Namespace) -> tuple[Any, RefAMConfig, RefAMConfig | None]:
+    """The pipeline, its settings, and those that suit plain maps best where they were measured."""
     from diffctrl import settings
     from diffctrl.drawing.source import ModelSource
     from diffctrl.grounding.plan import grounder_of
@@ -106,7 +107,9 @@ def _pipeline(options: argparse.Namespace) -> tuple[Any, RefAMConfig]:
     found = preset(options.model) if source.embedded else None
     base = {} if found is None else found.config.as_dict()
     given = dict(pair.split("=", 1) for pair in options.set)
-    return pipe, settings.parse(RefAMConfig, {**base, **given}, of="refam")
+    rival = None if found is None else found.evidence.get("plain")
+    plain = None if rival is None else RefAMConfig.from_dict(rival["settings"])
+    return pipe, settings.parse(RefAMConfig, {**base, **given}, of="refam"), plain
 
 
 def _device(pipe: Any) -> str:
@@ -127,9 +130,14 @@ def _samples(kind: str, place: str, options: argparse.Namespace) -> list[Sample]
 
 
 def _pictures(
-    pipe: Any, base: RefAMConfig, samples: list[Sample], world: bool, options: argparse.Namespace
+    pipe: Any,
+    base: RefAMConfig,
+    plain: RefAMConfig | None,
+    samples: list[Sample],
+    world: bool,
+    options: argparse.Namespace,
 ) -> list[Figure]:
-    rungs = ladder.rungs_of(base)
+    rungs = ladder.rungs_of(base, plain)
     ladder.climb(pipe, samples, rungs, batch=options.batch, size=None)
     area = ladder.mean_area(world_samples(60, seed=VALIDATION_SEED) if world else samples)
     rungs += ladder.priors(samples, area, seed=TEST_SEED)
@@ -157,7 +165,9 @@ def _ladder_figures(samples: list[Sample], rungs: list[ladder.Rung]) -> list[Fig
         rows.append(cells)
     print_table(["", *ladder.MEASURES], rows)
     for rung in (by_name[ladder.FULL], by_name[ladder.CHOSEN]):
-        for other in (ladder.PLAIN, ladder.CENTRE, ladder.BOX):
+        for other in (ladder.PLAIN_BEST, ladder.PLAIN, ladder.CENTRE, ladder.BOX):
+            if other not in by_name:
+                continue
             gain = ladder.difference(samples, rung, by_name[other])
             apart = intervals[rung.name, "pointing accuracy"].apart(intervals[other, "pointing accuracy"])
             figures.append(
@@ -252,8 +262,8 @@ def _video(
     return figures
 
 
-def _calibrate(pipe: Any, options: argparse.Namespace) -> RefAMConfig:
-    """Choose settings on the validation scenes and write them as a preset."""
+def _calibrate(pipe: Any, options: argparse.Namespace) -> tuple[RefAMConfig, RefAMConfig]:
+    """Choose settings on the validation scenes and write them as a preset; those of plain maps too."""
     from diffctrl.drawing.source import ModelSource
     from diffctrl.scripts.bench.harness import commit, versions
     from diffctrl.scripts.grounding_calibration import Calibration
@@ -274,13 +284,14 @@ def _calibrate(pipe: Any, options: argparse.Namespace) -> RefAMConfig:
         "versions": versions(),
         "tried": len(tried),
         "chosen": best.as_dict(),
+        "plain": calibration.best_plain().as_dict(),
         "runners_up": [each.as_dict() for each in tried if each.config != best.config][:5],
         "best_of_each": _best_of_each(tried),
     }
     path = options.preset or FOLDER / f"{options.model}.json"
     write_preset(path, options.model, settings, evidence)
     print(f"{len(tried)} settings in {time.perf_counter() - began:.0f} s; {path.name}: {best.as_dict()}")
-    return best.config
+    return best.config, calibration.best_plain().config
 
 
 def _best_of_each(tried: list[Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from diffctrl.refam.locate import peak, spatial_bias
 from diffctrl.refam.metrics import average_precision
 from diffctrl.refam.words import directions
 from diffctrl.scripts.grounding_data import Sample
+from diffctrl.scripts.grounding_ladder import bare_of, plain_map
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7)
 
@@ -29,11 +30,13 @@ class Tried:
     Attributes:
         config: settings.
         pointing, precision: in percent.
+        plain: of the map of all of the expression's tokens, which nothing is filtered of.
     """
 
     config: RefAMConfig
     pointing: float
     precision: float
+    plain: bool = False
 
     @property
     def value(self) -> float:
@@ -76,6 +79,7 @@ class Calibration:
     def __init__(self, pipe: Any, samples: Sequence[Sample], batch: int) -> None:
         self.pipe, self.samples, self.batch = pipe, samples, batch
         self.tried: list[Tried] = []
+        self.plain: list[Tried] = []
         self.blocks = 0
 
     def run(self, base: RefAMConfig) -> Tried:
@@ -91,6 +95,9 @@ class Calibration:
                 for normalise in (("full", "text") if direction == "i2t" else ("full",))
             ]
             best = self._better(best, self._score(families, self._ranges(base)))
+            bare = [bare_of(config) for config in families if config.normalise == "full"]
+            # The rival gets its own best blocks, direction and noise too.
+            self.plain += self._score(bare, self._ranges(base), plain=True)
         assert best is not None
         for padding, magnets in (("keep", "separate"), ("drop", "none"), ("drop", "separate")):
             other = replace(best.config, padding=padding, magnet_encoding=magnets)
@@ -134,7 +141,13 @@ class Calibration:
         self.tried += tried
         return max([*tried, *([before] if before is not None else [])], key=lambda each: each.value)
 
-    def _score(self, configs: Sequence[RefAMConfig], ranges: Sequence[str] | None = None) -> list[Tried]:
+    def best_plain(self) -> Tried:
+        """The plain maps that did best."""
+        return max(self.plain, key=lambda each: each.value)
+
+    def _score(
+        self, configs: Sequence[RefAMConfig], ranges: Sequence[str] | None = None, *, plain: bool = False
+    ) -> list[Tried]:
         """Configs that share their forward, each with its own blocks or each of some ranges of blocks."""
         named = [replace(c, blocks=r) for c in configs for r in (ranges or [c.blocks])]
         hits, precisions = torch.zeros(len(named)), torch.zeros(len(named))
@@ -149,7 +162,7 @@ class Calibration:
             pairs = [(sample.picture(), sample.expression) for sample in part]
             weighed = self.pipe.weigh(pairs, covering, batch_size=self.batch)
             for sample, each in zip(part, weighed, strict=True):
-                maps = torch.cat([self._maps(each, config, ranges) for config in configs])
+                maps = torch.cat([self._maps(each, config, ranges, plain) for config in configs])
                 truth = self._truth(sample, (maps.shape[1], maps.shape[2]))
                 for place, heat in enumerate(maps):
                     row, column = peak(heat)
@@ -158,11 +171,11 @@ class Calibration:
                         precisions[place] += average_precision(heat, truth)
         total = len(self.samples)
         return [
-            Tried(config, 100 * float(hit) / total, 100 * float(precision) / total)
+            Tried(config, 100 * float(hit) / total, 100 * float(precision) / total, plain)
             for config, hit, precision in zip(named, hits, precisions, strict=True)
         ]
 
-    def _maps(self, weighed: Any, config: RefAMConfig, ranges: Sequence[str] | None) -> Tensor:
+    def _maps(self, weighed: Any, config: RefAMConfig, ranges: Sequence[str] | None, plain: bool) -> Tensor:
         """(R, h, w): the map of each range of blocks, or the one of the config's own blocks.
 
         Without sinks a map is the mean of its blocks' maps, so that all ranges are made of one pass.
@@ -170,10 +183,14 @@ class Calibration:
         count = weighed.weights.count
         blocks = range(count) if ranges else config.chosen_blocks(count)
         encoder = self.pipe.reader.encoder(config.encoder)
-        scored = score(weighed.weights.only(blocks), weighed.rows.table, config, encoder=encoder)
+        weights, table = weighed.weights.only(blocks), weighed.rows.table
+        if plain:
+            per_block = plain_map(weights, table, config, encoder)
+        else:
+            per_block = score(weights, table, config, encoder=encoder).per_block
         rows, columns = (side // self.pipe.reader.multiple for side in weighed.seen.model_size)
         chosen = [list(replace(config, blocks=r).chosen_blocks(count)) for r in ranges or ()]
-        heats = [scored.per_block[part].mean(dim=0) for part in chosen] or [scored.heat]
+        heats = [per_block[part].mean(dim=0) for part in chosen] or [per_block.mean(dim=0)]
         maps = torch.stack(heats).view(len(heats), -1, rows, columns)[:, 0]
         if config.spatial_bias:
             words = weighed.rows.table.words

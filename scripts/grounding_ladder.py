@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffctrl.refam import Grounding, RefAMConfig, metrics
+from diffctrl.refam import Grounding, RefAMConfig, TokenTable, Weights, metrics
 from diffctrl.refam.locate import centre, mask_of, peak
 from diffctrl.scripts.grounding_data import Sample
 
+PLAIN_BEST = "plain maps, their own best settings"
 PLAIN, STOP, PHRASE, SINKS, BIAS, FULL = (
     "plain maps",
     "+ stop words",
@@ -65,25 +66,37 @@ class Rung:
     answers: list[Answer] = field(default_factory=list)
 
 
-def rungs_of(chosen: RefAMConfig, magnets: RefAMConfig | None = None) -> list[Rung]:
-    """The ladder on the blocks, direction and noise level of the chosen settings.
-
-    Each rung has the ones above; the last one adds magnets, whatever was chosen for them.
-    """
-    bare = replace(
-        chosen,
+def bare_of(config: RefAMConfig) -> RefAMConfig:
+    """The same without any part of RefAM."""
+    return replace(
+        config,
         stop_words=False,
         noun_phrase="off",
         sinks="off",
         spatial_bias=False,
+        combine="sum",
         magnet_encoding="none",
     )
+
+
+def rungs_of(chosen: RefAMConfig, plain: RefAMConfig | None = None) -> list[Rung]:
+    """The ladder on the blocks, direction and noise level of the chosen settings.
+
+    Each rung has the ones above; the last one adds magnets, whatever was chosen for them.
+
+    Args:
+        chosen: settings.
+        plain: those that suit the plain maps best, for a rung of their own.
+    """
+    bare = bare_of(chosen)
     stop = replace(bare, stop_words=True)
     phrase = replace(stop, noun_phrase="rules")
     sinks = replace(phrase, sinks="filter")
     bias = replace(sinks, spatial_bias=True)
     full = replace(bias, magnet_encoding="separate")
+    rival = [] if plain is None else [Rung(PLAIN_BEST, bare_of(plain), plain=True)]
     return [
+        *rival,
         Rung(PLAIN, bare, plain=True),
         Rung(STOP, stop),
         Rung(PHRASE, phrase),
@@ -141,13 +154,20 @@ def covering(configs: Sequence[RefAMConfig]) -> RefAMConfig:
     return replace(normal, blocks=joined, direction="t2i" if t2i else "i2t")
 
 
+def plain_map(weights: Weights, table: TokenTable, config: RefAMConfig, encoder: str) -> Tensor:
+    """(N, I): the sum over all of the expression's tokens in each block, special ones too."""
+    columns = list(table.columns("content", "outside", "stop", "special", encoder=encoder))
+    source = weights.t2i if config.direction == "t2i" else weights.i2t
+    assert source is not None
+    return source[:, columns].sum(dim=1)
+
+
 def plain_grounding(weighed: Any, found: Grounding, config: RefAMConfig, pipe: Any) -> Grounding:
-    """The same with the map of all of the expression's tokens, special ones too: nothing is filtered."""
+    """A grounding with the plain map in place of its own."""
     weights = weighed.weights.only(config.chosen_blocks(weighed.weights.count))
     encoder = pipe.reader.encoder(config.encoder)
-    columns = list(weighed.rows.table.columns("content", "outside", "stop", "special", encoder=encoder))
-    source = weights.t2i if config.direction == "t2i" else weights.i2t
-    heat = source[:, columns].sum(dim=1).mean(dim=0).view(-1, *found.heat.shape)[0]
+    heat = plain_map(weights, weighed.rows.table, config, encoder).mean(dim=0)
+    heat = heat.view(-1, *found.heat.shape)[0]
     grid = (heat.shape[0], heat.shape[1])
     point = centre(*peak(heat), grid, found.size)
     rule: Any = config.mask if config.mask != "sam" else "region"
