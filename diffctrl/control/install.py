@@ -251,8 +251,8 @@ def apply(
     """Put one or several controls on a pipeline, a bare denoiser or a language model of transformers.
 
     Args:
-        target: a diffusers pipeline, a bare transformer or UNet, a diffusion language model of transformers, or
-            a pipeline with one as its `model`.
+        target: a diffusers pipeline, a bare transformer or UNet, a diffusion language model of transformers,
+            or a pipeline with one as its `model`.
         processors: one processor of `diffctrl.processors`, or a list whose controls are composed in order.
         scheduler: where the step index is read; a pipeline's own by default.
         batch_layout: what the batch rows are: "cond", "uncond", "uncond_cond", or "perturbed" for the twins
