@@ -275,7 +275,9 @@ class _TextAttachment:
     def _check(self, given: dict[str, Any]) -> None:
         config = self.model.config
         use_cache = given.get("use_cache")
-        if given.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache):
+        # transformers 5.24 calls `cache` what was `past_key_values`.
+        cached = given.get("past_key_values") is not None or given.get("cache") is not None
+        if cached or (config.use_cache if use_cache is None else use_cache):
             raise ValueError(
                 f"{self.control.method} works without a cache of keys and values: the queries of a step are "
                 "all "
