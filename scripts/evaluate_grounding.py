@@ -164,6 +164,14 @@ def _ladder_figures(samples: list[Sample], rungs: list[ladder.Rung]) -> list[Fig
             )
         rows.append(cells)
     print_table(["", *ladder.MEASURES], rows)
+    parts = [ladder.PLAIN, ladder.STOP, ladder.PHRASE, ladder.SINKS, ladder.BIAS, ladder.FULL]
+    for before, name in zip(parts, parts[1:], strict=False):
+        gain = ladder.difference(samples, by_name[name], by_name[before])
+        # No part may cost more than a point.
+        note = "on top of the parts before it, same scenes"
+        figures.append(
+            Figure(f"{name}: points gained", gain.value, gain.low, gain.high, "points", bar=-1.0, note=note)
+        )
     for rung in (by_name[ladder.FULL], by_name[ladder.CHOSEN]):
         for other in (ladder.PLAIN_BEST, ladder.PLAIN, ladder.CENTRE, ladder.BOX):
             if other not in by_name:
