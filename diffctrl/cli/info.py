@@ -77,13 +77,19 @@ def _inventory() -> dict[str, Any]:
 
     return {
         "models": {
-            name: {"kind": model.kind, "pipeline": model.pipeline, "description": model.description}
+            name: {
+                "kind": model.kind,
+                "pipeline": model.pipeline,
+                "description": model.description,
+                "here": registry.is_here(name),
+            }
             for name, model in registry.EMBEDDED.items()
         },
         "methods": {
             name: {
                 "title": method.title,
                 "summary": method.summary,
+                "command": method.command,
                 "options": list(settings.field_types(method.config_class())),
                 "families": list(method.families or FAMILIES),
                 "paper": method.paper,
@@ -106,12 +112,13 @@ def _print_inventory(as_json: bool) -> None:
 
         print(json.dumps(found))
         return
-    models = new_table("Embedded models", "name", "kind", "description")
+    models = new_table("Embedded models", "name", "kind", "weights", "description")
     for name, model in found["models"].items():
-        models.add_row(name, model["kind"], model["description"])
-    known = new_table("Methods", "name", "what you get", "options", "paper")
+        models.add_row(name, model["kind"], "here" if model["here"] else "missing", model["description"])
+    known = new_table("Methods", "name", "command", "what you get", "options", "paper")
     for name, method in found["methods"].items():
-        known.add_row(name, method["summary"], ", ".join(method["options"]), method["paper"])
+        options = ", ".join(method["options"])
+        known.add_row(name, method["command"], method["summary"], options, method["paper"])
     families = new_table("Model families", "name", "models", "class")
     for name, family in found["families"].items():
         families.add_row(name, family["title"], family["model"])

@@ -66,14 +66,24 @@ def path(name: str) -> Path:
         ValueError: there is no model of this name.
         FileNotFoundError: the package was built without the weights.
     """
-    model = _model(name)
-    folder = _WEIGHTS / model.folder
-    if not (folder / ("config.json" if model.kind == "text" else "model_index.json")).is_file():
+    if not is_here(name):
+        model = _model(name)
         raise FileNotFoundError(
-            f"the weights of {name!r} are not in {folder}; install a complete package, or train them with "
-            f"scripts/train_zoo_{model.kind}.py"
+            f"the weights of {name!r} are not in this package; scripts/train_zoo_{model.kind}.py trains and "
+            f"assembles them into {_WEIGHTS / model.folder}"
         )
-    return folder
+    return _WEIGHTS / _model(name).folder
+
+
+def is_here(name: str) -> bool:
+    """Whether the package holds the model's weights.
+
+    Raises:
+        ValueError: there is no model of this name.
+    """
+    model = _model(name)
+    index = "config.json" if model.kind == "text" else "model_index.json"
+    return (_WEIGHTS / model.folder / index).is_file()
 
 
 def load(name: str, dtype: "torch.dtype | None" = None) -> Any:

@@ -34,6 +34,14 @@ def test_lists_models_methods_and_families(run):
     found = json.loads(run("info", "--json").stdout)
     assert found["methods"]["softpag"]["options"][:3] == ["heads", "u", "w"]
     assert found["methods"]["softpag"]["families"] == list(FAMILIES)
+    assert found["methods"]["sparsed"]["command"] == "text"
+
+
+def test_says_of_an_embedded_model_that_its_weights_are_missing(run, tmp_path, monkeypatch):
+    assert json.loads(run("info", "--json").stdout)["models"]["shapes-sd3"]["here"]
+    monkeypatch.setattr(registry, "_WEIGHTS", tmp_path)
+    assert not json.loads(run("info", "--json").stdout)["models"]["shapes-sd3"]["here"]
+    assert run("info").stdout.count("missing") == len(registry.EMBEDDED)
 
 
 def test_a_file_without_a_recipe_is_refused(run, tmp_path):
