@@ -16,11 +16,12 @@ from diffctrl.zoo.tokenizers import WordTokens
 from .training_checkpoint import checkpoint_facts, load_checkpoint, save_checkpoint
 from .training_image_data import CaptionedBatches, LatentPool, latent_pool, sample_scenes, worker_count
 from .training_image_forward import TrainingForward
-from .training_image_pack import component_tensors, file_hash, read_pack, write_pack
+from .training_image_pack import read_pack, write_pack
 from .training_image_probe import Probe, sample_images
 from .training_image_vae import SMOKE_SIZE, load_vae
 from .training_loop import Clock, StepRunner, say, training_device
 from .training_optimizer import Optimizer, WeightAverage, learning_rate_at
+from .training_pack import component_tensors, file_hash
 
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _SLICE_MARGIN_SECONDS = 25.0

@@ -1,17 +1,13 @@
 """One file with the weights of the text model, and the folder that is built from it."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from diffctrl.zoo.tasks import TOKENS, tokenizer
 from diffctrl.zoo.tasks.vocabulary import EOS, MASK, PAD
 from diffctrl.zoo.text import TextSize, text_model
+
+from .training_pack import figures_table, fill_tensors, read_facts, write_folder_files, write_tensors
 
 RECOMMENDED = {"gen_length": 64, "steps": 64, "block_length": 64}
 MAX_FILE_BYTES = 10_000_000
@@ -23,28 +19,14 @@ def write_pack(model: Any, path: Path, facts: dict[str, Any]) -> None:
     Raises:
         ValueError: float16 cannot hold a weight.
     """
-    tensors = {name: value.detach().half().cpu().contiguous() for name, value in model.named_parameters()}
-    bad = [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise ValueError(f"float16 cannot hold these weights: {bad[:5]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"facts": json.dumps(facts | {"size": _size_of(model)})})
+    write_tensors(dict(model.named_parameters()), path, facts | {"size": _size_of(model)})
 
 
 def read_pack(path: Path) -> tuple[Any, dict[str, Any]]:
     """The model in float32 evaluation mode, and the facts, out of a pack."""
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads((file.metadata() or {})["facts"])
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    facts = read_facts(path)
     model = text_model(TextSize(**facts["size"]))
-    own = dict(model.named_parameters())
-    if own.keys() != tensors.keys():
-        raise ValueError(
-            f"{path} holds weights of another architecture: {sorted(own.keys() ^ tensors.keys())[:5]}"
-        )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(tensors[name])
+    fill_tensors(dict(model.named_parameters()), path)
     return model.eval().requires_grad_(False), facts
 
 
@@ -60,10 +42,6 @@ def assemble(pack: Path, folder: Path, *, metrics: dict[str, Any] | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    weights = sorted(folder.rglob("*.safetensors"))
-    too_large = [str(path) for path in weights if path.stat().st_size > MAX_FILE_BYTES]
-    if too_large:
-        raise ValueError(f"weight files must stay below {MAX_FILE_BYTES} bytes: {too_large}")
     settings = {
         "kind": "text",
         "sampler": "llada",
@@ -73,12 +51,14 @@ def assemble(pack: Path, folder: Path, *, metrics: dict[str, Any] | None = None)
         "call": RECOMMENDED,
         "longest": max(facts["lengths"]),
     }
-    _write_json(folder / "diffctrl.json", settings)
-    hashes = {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in weights
-    }
-    _write_json(folder / "metrics.json", {"training": facts, "evaluation": metrics or {}, "sha256": hashes})
-    (folder / "README.md").write_text(_card(facts, metrics or {}), encoding="utf-8")
+    write_folder_files(
+        folder,
+        settings=settings,
+        facts=facts,
+        metrics=metrics,
+        card=_card(facts, metrics),
+        max_bytes=MAX_FILE_BYTES,
+    )
 
 
 def _size_of(model: Any) -> dict[str, Any]:
@@ -95,13 +75,7 @@ def _size_of(model: Any) -> dict[str, Any]:
     }
 
 
-def _card(facts: dict[str, Any], metrics: dict[str, Any]) -> str:
-    rows = "\n".join(
-        "| {name} | {value:.1f} [{low:.1f}, {high:.1f}] {unit} | {bar} |".format(**row)
-        for row in metrics.get("figures", [])
-        if row.get("low") is not None and row.get("bar") is not None
-    )
-    table = f"| figure | value [95 %] | bar |\n|---|---|---|\n{rows}\n" if rows else "Not evaluated yet.\n"
+def _card(facts: dict[str, Any], metrics: dict[str, Any] | None) -> str:
     size = facts["size"]
     return f"""---
 license: apache-2.0
@@ -131,10 +105,6 @@ language: a figure measured on it says nothing of LLaDA or Dream.
   {facts.get("device")}, optimizer {facts.get("optimizer")}. Weights are the running average, in float16.
 - Call: the arguments in `diffctrl.json`. Prompts with their answers up to {max(facts["lengths"])} tokens.
 
-{table}
+{figures_table(metrics)}
 Made by `scripts/train_zoo_text.py`, measured by `scripts/evaluate_dlm.py`.
 """
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

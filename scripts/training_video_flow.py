@@ -22,9 +22,9 @@ from diffctrl.zoo.models import NOISE_SHIFT
 from diffctrl.zoo.video import VideoParts, VideoSize, caption_ids, video_parts, video_pipeline
 
 from .training_checkpoint import checkpoint_facts, load_checkpoint, save_checkpoint
-from .training_image_pack import component_tensors, file_hash
 from .training_loop import Clock, StepRunner, say, training_device
 from .training_optimizer import Optimizer, WeightAverage, learning_rate_at
+from .training_pack import component_tensors, file_hash
 from .training_video_forward import VideoForward, encode, to_rows
 from .training_video_pack import RECOMMENDED, read_video_pack, write_video_pack
 from .training_video_vae import SMOKE_SIZE, load_video_vae, rendered, sample_clips

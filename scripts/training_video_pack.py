@@ -5,12 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffctrl.zoo.video import VIDEO_WEIGHT_NAMES, VideoParts, VideoSize, video_parts, video_pipeline
 
-from .training_image_pack import MAX_FILE_BYTES, component_tensors, file_hash
+from .training_pack import (
+    components_tensors,
+    figures_table,
+    fill_tensors,
+    history_line,
+    read_facts,
+    write_folder_files,
+    write_json,
+    write_tensors,
+)
 from .training_video_vae import SMOKE_SIZE
 
 RECOMMENDED = {"num_frames": 33, "num_inference_steps": 20, "guidance_scale": 3.0, "max_sequence_length": 32}
@@ -19,31 +27,14 @@ _VAE_FACTS = ("smoke", "latents_mean", "latents_std", "psnr_mean_db", "psnr_5th_
 
 def write_video_pack(parts: VideoParts, path: Path, facts: dict[str, Any]) -> None:
     """Write every component as float16, with `facts` ("smoke", "shift", latents...) as JSON metadata."""
-    tensors = {}
-    for name, module in parts.items():
-        for key, value in component_tensors(name, module).items():
-            tensors[key] = value.half().cpu().contiguous()
-    bad = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise ValueError(f"float16 cannot hold these weights: {bad[:5]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"facts": json.dumps(facts)})
+    write_tensors(components_tensors(parts.items()), path, facts)
 
 
 def read_video_pack(path: Path) -> tuple[VideoParts, dict[str, Any]]:
     """Components in float32 evaluation mode, and the facts, out of a pack."""
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads((file.metadata() or {})["facts"])
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    facts = read_facts(path)
     parts = video_parts(SMOKE_SIZE if facts["smoke"] else VideoSize())
-    own = {
-        key: value for name, module in parts.items() for key, value in component_tensors(name, module).items()
-    }
-    if own.keys() != tensors.keys():
-        different = sorted(own.keys() ^ tensors.keys())[:5]
-        raise ValueError(f"{path} was written for another architecture; it differs in {different}")
-    for key, value in own.items():
-        value.copy_(tensors[key])
+    fill_tensors(components_tensors(parts.items()), path)
     for _, module in parts.items():
         module.eval().requires_grad_(False)
     parts.vae.register_to_config(latents_mean=facts["latents_mean"], latents_std=facts["latents_std"])
@@ -66,14 +57,13 @@ def assemble_video(pack: Path, folder: Path, *, metrics: dict[str, Any] | None =
     pipeline.save_pretrained(folder, safe_serialization=True)
     pixels = (SMOKE_SIZE if facts["smoke"] else VideoSize()).pixels
     call = {"height": pixels, "width": pixels, **RECOMMENDED}
-    _write_json(folder / "diffctrl.json", {"call": call, "kind": "video", "world": "clips"})
-    weights = sorted(folder.rglob("*.safetensors"))
-    too_large = [path.name for path in weights if path.stat().st_size > MAX_FILE_BYTES]
-    if too_large:
-        raise ValueError(f"weight files must stay below {MAX_FILE_BYTES} bytes: {too_large}")
-    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in weights}
-    _write_json(folder / "metrics.json", {"training": facts, "evaluation": metrics or {}, "sha256": hashes})
-    (folder / "README.md").write_text(_card(facts, metrics or {}, call))
+    write_folder_files(
+        folder,
+        settings={"call": call, "kind": "video", "world": "clips"},
+        facts=facts,
+        metrics=metrics,
+        card=_card(facts, metrics, call),
+    )
 
 
 def disassemble_video(folder: Path, out: Path) -> None:
@@ -89,16 +79,10 @@ def disassemble_video(folder: Path, out: Path) -> None:
     weights = {name: value.half().contiguous() for name, value in parts.vae.state_dict().items()}
     save_file(weights, out / "vae.safetensors")
     stage = {"steps": facts["vae_steps"], "minutes": facts["vae_minutes"]}
-    _write_json(out / "vae.json", {name: facts[name] for name in _VAE_FACTS} | stage)
+    write_json(out / "vae.json", {name: facts[name] for name in _VAE_FACTS} | stage)
 
 
-def _card(facts: dict[str, Any], metrics: dict[str, Any], call: dict[str, Any]) -> str:
-    rows = "\n".join(
-        "| {name} | {value:.1f} [{low:.1f}, {high:.1f}] {unit} | {bar} |".format(**row)
-        for row in metrics.get("figures", [])
-        if row.get("low") is not None and row.get("bar") is not None
-    )
-    table = f"| figure | value [95 %] | bar |\n|---|---|---|\n{rows}\n" if rows else "Not evaluated yet.\n"
+def _card(facts: dict[str, Any], metrics: dict[str, Any] | None, call: dict[str, Any]) -> str:
     return f"""---
 license: apache-2.0
 ---
@@ -112,15 +96,11 @@ measured offline, on a CPU. It knows no other clips: a figure measured on it say
   5 % of the (colour, shape, motion) triples were never shown.
 - Training: {facts.get("steps")} steps, {float(facts.get("minutes", 0.0)):.1f} minutes on
   {facts.get("device")}, optimizer {facts.get("optimizer")}, noise shift {facts.get("shift")}.
-  Weights are the running average, stored as float16.
+  Weights are the running average, stored as float16.{history_line(facts)}
 - Autoencoder: {float(facts.get("psnr_mean_db", 0.0)):.1f} dB PSNR on average over unseen clips.
 - Call: the arguments in `diffctrl.json`; {call["num_frames"]} frames of {call["height"]} px. Longer clips run
   and are not what it was trained on.
 
-{table}
+{figures_table(metrics)}
 Made by `scripts/train_zoo_video.py`, measured by `scripts/evaluate_zoo_video.py`.
 """
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

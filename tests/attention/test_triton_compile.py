@@ -1,16 +1,7 @@
-"""The Triton kernel without a GPU: what the assembler says of it, and its arithmetic in Triton's interpreter.
+"""The Triton kernel over lists without a GPU: compiled, and interpreted (`tests/triton_kernels.py`)."""
 
-Spilled registers and serialised tensor-core instructions make a kernel slow and say nothing; both can be read
-from a compilation for sm90. The interpreter must be on before triton is imported, so those tests run in a
-process of their own.
-"""
-
-import importlib.util
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,28 +18,26 @@ from diffctrl.attention.kernels.triton_lists import (
     table_variant,
 )
 from diffctrl.attention.lists import BlockLists
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed: nothing to compile or interpret",
+from tests.triton_kernels import (
+    assembled,
+    compiled_only,
+    interpreted_only,
+    needs_triton,
+    run_interpreted,
+    spilled,
 )
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1")
 
-POINTERS = {"lse": "*fp32", "counts": "*i32", "indices": "*i32", "n_valid": "*i32", "order": "*i32"}
+pytestmark = needs_triton
+
+TYPES = {"lse": "*fp32", "counts": "*i32", "indices": "*i32", "n_valid": "*i32", "order": "*i32"}
+TYPES |= {"scale_log2": "fp32"} | dict.fromkeys(("q", "k", "v", "out"), "*bf16")
 
 
-def assembled(
+def compiled(
     variant: Variant, arch: int, dim: int, block: tuple[int, int], *, tail: bool, tmp_path: Path,
     lengths: bool = False,
 ):  # fmt: skip
     """(compiled kernel, what ptxas -v says)."""
-    import triton
-    import triton.backends.nvidia
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from diffctrl.attention.kernels import triton_lists_jit
 
     function = triton_lists_jit.lists_descriptor if variant.descriptor else triton_lists_jit.lists_pointer
@@ -58,27 +47,9 @@ def assembled(
         "BATCH_LISTS": False, "HEAD_LISTS": True, "HAS_LSE": True, "HAS_VALID": lengths, "TAIL": tail,
         "HAS_ORDER": False, "UNIT": 8, "SAME_KV": not variant.descriptor, "SPECIALIZE": variant.specialize,
     }  # fmt: skip
-    names = function.arg_names
-    plain = {"scale_log2": "fp32"} | dict.fromkeys(("q", "k", "v", "out"), "*bf16")
-    types = POINTERS | plain | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in names}
-    source = ASTSource(
-        function,
-        signature,
-        {(i,): constants[name] for i, name in enumerate(names) if name in constants},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
+    return assembled(
+        function, TYPES, constants, arch=arch, warps=variant.warps, stages=variant.stages, folder=tmp_path
     )
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    text = tmp_path / "kernel.ptx"
-    text.write_text(kernel.asm["ptx"])
-    ptxas = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
-    command = [str(ptxas), "-v", f"-arch=sm_{arch}{'a' if arch == 90 else ''}", "-o", os.devnull, str(text)]
-    return kernel, subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def spilled(report: str) -> int:
-    return sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", report))
 
 
 @compiled_only
@@ -92,7 +63,7 @@ def spilled(report: str) -> int:
 )  # fmt: skip
 def test_table_on_hopper(dim, block, spill, tail, tmp_path):
     variant = table_variant(90, dim, block)
-    kernel, report = assembled(variant, 90, dim, block, tail=tail, tmp_path=tmp_path)
+    kernel, report = compiled(variant, 90, dim, block, tail=tail, tmp_path=tmp_path)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "serialized" not in report
     assert spilled(report) <= spill
@@ -104,7 +75,7 @@ def test_table_on_hopper(dim, block, spill, tail, tmp_path):
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_table_before_hopper(arch, dim, tmp_path):
     variant = table_variant(arch, dim, (128, 128))
-    kernel, report = assembled(variant, arch, dim, (128, 128), tail=True, tmp_path=tmp_path)
+    kernel, report = compiled(variant, arch, dim, (128, 128), tail=True, tmp_path=tmp_path)
     assert spilled(report) == 0
     assert kernel.metadata.shared <= 99 * 1024
 
@@ -114,7 +85,7 @@ def test_table_before_hopper(arch, dim, tmp_path):
 @pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize("variant", HOPPER_CANDIDATES, ids=lambda v: v.label)
 def test_candidates_compile_as_named(variant, lengths, tmp_path):
-    kernel, report = assembled(variant, 90, 128, (128, 128), tail=True, tmp_path=tmp_path, lengths=lengths)
+    kernel, report = compiled(variant, 90, 128, (128, 128), tail=True, tmp_path=tmp_path, lengths=lengths)
     assert "serialized" not in report
     assert kernel.metadata.shared <= 227 * 1024
     # The pass that specialises warps gives up without a word; then there is one group less of each kind.
@@ -143,32 +114,7 @@ def assert_second_group_stores_its_own_rows(code: str) -> None:
 
 @compiled_only
 def test_interpreter_process():
-    pytest.importorskip("triton.runtime.interpreter")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        command,
-        cwd=root,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-@pytest.fixture
-def interpreter(monkeypatch):
-    """Triton 3.6 turns scalars into indices in a way that NumPy 2.4 refuses; ask for the item instead."""
-    from triton.runtime import interpreter
-
-    stock = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        stock(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    run_interpreted(__file__)
 
 
 KINDS = (

@@ -1,14 +1,6 @@
-"""The fused block scores without a GPU: what the assembler says, and the arithmetic in Triton's interpreter.
+"""The fused block scores without a GPU: compiled, and interpreted (`tests/triton_kernels.py`)."""
 
-The interpreter must be on before triton is imported, so those tests run in a process of their own.
-"""
-
-import importlib.util
 import math
-import os
-import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,21 +11,19 @@ from diffctrl.sparsed import Builder, Layout, SparseDConfig, fused
 from diffctrl.sparsed.fused import CANDIDATES, Form, table_form
 from diffctrl.sparsed.pooling import chunked_scores
 from tests.sparsed.examples import kept_sets
+from tests.triton_kernels import (
+    WITH_TRITON,
+    assembled,
+    compiled_only,
+    interpreted_only,
+    needs_triton,
+    run_interpreted,
+    spilled,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WITH_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not WITH_TRITON, reason="triton is not installed")
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="runs in a process with TRITON_INTERPRET=1")
 
-
-def assembled(form: Form, arch: int, dim: int, block: int, tmp_path: Path):
+def compiled(form: Form, arch: int, dim: int, block: int, tmp_path: Path):
     """(compiled kernel, what ptxas -v says)."""
-    import triton
-    import triton.backends.nvidia
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from diffctrl.sparsed import fused_jit
 
     constants = {
@@ -41,33 +31,17 @@ def assembled(form: Form, arch: int, dim: int, block: int, tmp_path: Path):
         "BLOCK": block, "BN": min(block, form.tile), "UNIT": 8, "DESCRIPTOR": form.descriptor,
     }  # fmt: skip
     types = {"q": "*bf16", "k": "*bf16", "lse": "*fp32", "w": "*fp32", "q_valid": "*i32", "k_valid": "*i32"}
-    types |= {"scale_log2": "fp32"} | dict.fromkeys(constants, "constexpr")
-    names = fused_jit.pool.arg_names
-    signature = {name: types.get(name, "i32") for name in names}
-    source = ASTSource(
-        fused_jit.pool,
-        signature,
-        {(i,): constants[name] for i, name in enumerate(names) if name in constants},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
+    types["scale_log2"] = "fp32"
+    return assembled(
+        fused_jit.pool, types, constants, arch=arch, warps=form.warps, stages=form.stages, folder=tmp_path
     )
-    options = {"num_warps": form.warps, "num_stages": form.stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    text = tmp_path / "kernel.ptx"
-    text.write_text(kernel.asm["ptx"])
-    ptxas = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
-    command = [str(ptxas), "-v", f"-arch=sm_{arch}{'a' if arch == 90 else ''}", "-o", os.devnull, str(text)]
-    return kernel, subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def spilled(report: str) -> int:
-    return sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", report))
 
 
 @needs_triton
 @compiled_only
 @pytest.mark.parametrize(("dim", "block"), [(64, 128), (128, 128), (128, 32), (256, 128)])
 def test_table_on_hopper(dim, block, tmp_path):
-    kernel, report = assembled(table_form(90, dim), 90, dim, block, tmp_path)
+    kernel, report = compiled(table_form(90, dim), 90, dim, block, tmp_path)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "serialized" not in report
     assert spilled(report) == 0
@@ -79,7 +53,7 @@ def test_table_on_hopper(dim, block, tmp_path):
 @compiled_only
 @pytest.mark.parametrize(("arch", "dim"), [(80, 128), (89, 64), (89, 256)])
 def test_table_before_hopper(arch, dim, tmp_path):
-    kernel, report = assembled(table_form(arch, dim), arch, dim, 128, tmp_path)
+    kernel, report = compiled(table_form(arch, dim), arch, dim, 128, tmp_path)
     assert spilled(report) <= 16
     assert kernel.metadata.shared <= 99 * 1024
 
@@ -89,7 +63,7 @@ def test_table_before_hopper(arch, dim, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", CANDIDATES, ids=lambda form: form.label)
 def test_candidates_compile(form, tmp_path):
-    kernel, report = assembled(form, 90, 128, 128, tmp_path)
+    kernel, report = compiled(form, 90, 128, 128, tmp_path)
     assert "serialized" not in report
     assert spilled(report) == 0
     assert kernel.metadata.shared <= 227 * 1024
@@ -98,32 +72,7 @@ def test_candidates_compile(form, tmp_path):
 @needs_triton
 @compiled_only
 def test_interpreter_process():
-    pytest.importorskip("triton.runtime.interpreter")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        command,
-        cwd=root,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-@pytest.fixture
-def interpreter(monkeypatch):
-    """Triton 3.6 turns scalars into indices in a way that NumPy 2.4 refuses; ask for the item instead."""
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    run_interpreted(__file__)
 
 
 FORMS = (Form(), Form(descriptor=True), Form(tile=128, warps=8))
