@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ from diffctrl.dlm import (
     open_checkpoint,
 )
 from diffctrl.errors import BadRequestError
-from diffctrl.pipelines.base import ControlledPipelineMixin
+from diffctrl.pipelines.base import ControlledPipelineMixin, joined_signature
 from diffctrl.processors import SparseDAttnProcessor, SparseDConfig
 
 logger = logging.getLogger("diffctrl.pipelines")
@@ -64,7 +65,7 @@ class TextOutput(BaseOutput):
 
 
 class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
-    """Base of the pipelines of texts.
+    """Base of the pipelines of texts; a class of its own says which sampler decodes, and with which defaults.
 
     A `DiffusionPipeline` of a model and a tokenizer, as diffusers' own LLaDA2Pipeline is, so that `to` and
     offload work as they do there. Only folders differ: `from_pretrained` and `save_pretrained` read and write
@@ -190,21 +191,68 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
             options["block_length"] = min(options["block_length"], options["gen_length"])
         return settings.parse(cls.sampling_class, options, of=cls.kind)
 
-    def _generate(
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "sampling_class" not in vars(cls):
+            return  # made from one that has it
+
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> TextOutput:  # noqa: N807 - it is the class's call
+            return TextPipeline.__call__(self, *args, **kwargs)
+
+        # What a call takes is read off the class of the sampling, so that neither can forget an option.
+        common = inspect.signature(TextPipeline.__call__)
+        joined = joined_signature(TextPipeline.__call__, cls.sampling_class)
+        __call__.__signature__ = joined.replace(  # type: ignore[attr-defined]
+            parameters=[
+                each if name in common.parameters else each.replace(default=None)
+                for name, each in joined.parameters.items()
+                if name != "options"
+            ]
+        )
+        __call__.__doc__ = (TextPipeline.__call__.__doc__ or "").replace(
+            "the class of the sampling", f"`{cls.sampling_class.__name__}`"
+        )
+        cls.__call__ = __call__  # type: ignore[method-assign]
+
+    def __call__(
         self,
-        prompt: Prompt | None,
-        input_ids: Sequence[Sequence[int]] | Tensor | None,
-        sampling: Any,
+        prompt: Prompt | None = None,
         *,
-        chat: bool | None,
-        stop: Sequence[str],
-        sparsed: SparseDConfig | bool | None,
-        seed: Any,
-        generator: Any,
-        callback_on_step_end: Callback | None,
-        logits_hook: Any,
-        tokens_hook: Any,
+        input_ids: Sequence[Sequence[int]] | Tensor | None = None,
+        chat: bool | None = None,
+        stop: Sequence[str] = (),
+        sparsed: SparseDConfig | bool | None = None,
+        seed: Any = None,
+        generator: Any = None,
+        callback_on_step_end: Callback | None = None,
+        logits_hook: Any = None,
+        tokens_hook: Any = None,
+        **options: Any,
     ) -> TextOutput:
+        """Answer prompts.
+
+        Args:
+            prompt: a text, a chat ([{"role": "user", "content": ...}, ...]), or a list of them, which may
+                differ in length.
+            input_ids: token ids instead, one list per row; mask tokens among them are blanks to fill in.
+            chat: whether a text becomes the user's turn of a chat; None where the tokenizer has a template.
+            stop: texts at which an answer is cut, when all of it is decoded.
+            sparsed: settings of SparseD for this call, True for its defaults, False for dense attention; None
+                is what is installed on the pipeline, else its own `sparsed`. With a `threshold`, the dense
+                part ends by the share of decided tokens (trigger="committed").
+            seed: of the noise: s for rows s, s + 1, ..., or a list; the same noise on every device.
+            generator: a torch.Generator, or one per row, instead of a seed.
+            callback_on_step_end: called with (pipe, step, block, {"event": StepEvent}); set
+                `pipe._interrupt = True` to end the call there.
+            logits_hook, tokens_hook: as in the sampler's `generate`.
+            options: gen_length, temperature and whatever else the class of the sampling takes; None is what
+                the model recommends. Without `steps`, a given `gen_length` has a step for each token.
+
+        Raises:
+            ValueError: an argument is unknown or out of range.
+            GenerationInterrupted: Ctrl-C; its `output` has what was decoded.
+        """
+        sampling = self.resolve(self.recommended, options)
         if (prompt is None) == (input_ids is None):
             raise ValueError("pass either prompt or input_ids")
         if seed is not None and generator is not None:
