@@ -324,8 +324,8 @@ class TextPipeline(ControlledPipelineMixin, DiffusionPipeline):
         """Stock attention for one call."""
         if self._controlled_from_outside():
             raise RuntimeError(
-                "sparsed=False cannot take off what diffctrl.apply put on this model; call `remove()` on its "
-                "handle"
+                "sparsed=False cannot take off what diffctrl.apply put on this model; call "
+                "`remove()` on its handle"
             )
         previous = self._take_off()
         try:

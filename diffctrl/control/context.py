@@ -41,9 +41,9 @@ class Rows:
         if layout == "uncond_cond":
             if batch % 2:
                 raise ValueError(
-                    f"the denoiser got {batch} rows, but classifier-free guidance in one batch needs an even "
-                    "number ([uncond | cond]); pass batch_layout='cond' to `diffctrl.apply` if every row is "
-                    "conditional"
+                    f"the denoiser got {batch} rows, but classifier-free guidance in one batch "
+                    "needs an even number ([uncond | cond]); pass batch_layout='cond' to "
+                    "`diffctrl.apply` if every row is conditional"
                 )
             return cls(batch, (0, batch // 2), (batch // 2, batch), (batch, batch))
         if layout == "uncond":

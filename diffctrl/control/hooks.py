@@ -125,9 +125,9 @@ class ContextHook:
             return None
         if guidance.remembers and context.step is None:
             raise RuntimeError(
-                f"{context.model_name}: momentum needs to know where a run begins, but no scheduler is "
-                "known; apply to the pipeline instead of the bare model, or pass scheduler=... to "
-                "`diffctrl.apply`"
+                f"{context.model_name}: momentum needs to know where a run begins, but no "
+                "scheduler is known; apply to the pipeline instead of the bare model, or "
+                "pass scheduler=... to `diffctrl.apply`"
             )
         return guidance
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,12 +60,12 @@ class TextState(Protocol):
         ...
 
 
-class TextControl(Control):
+class TextControl(Control, ABC):
     """Base of the processors for language models. The object is never written to; `state` makes what is."""
 
+    @abstractmethod
     def state(self, model: TextModel) -> Any:
         """A `TextState` for one model that this control is applied to."""
-        raise NotImplementedError
 
     def __call__(
         self,
@@ -149,9 +150,9 @@ def _mask(*, mask_function: Any, attention_mask: Tensor | None = None, **kwargs:
 
     if mask_function is not bidirectional_mask_function:
         raise ValueError(
-            "this model asks for a causal, windowed or otherwise shaped mask; a control of diffctrl needs "
-            "attention in both directions over all tokens: model.config.is_causal = False, and no mask of "
-            "pairs"
+            "this model asks for a causal, windowed or otherwise shaped mask; a control of "
+            "diffctrl needs attention in both directions over all tokens: model.config.is_causal "
+            "= False, and no mask of pairs"
         )
     return attention_mask
 
@@ -225,8 +226,8 @@ class _TextAttachment:
     def __init__(self, model: Any, control: TextControl) -> None:
         if any(hasattr(module, _SITE) for module in model.modules()):
             raise RuntimeError(
-                f"{type(model).__name__} is already under a control; call `.remove()` on its handle before "
-                "applying another"
+                f"{type(model).__name__} is already under a control; call `.remove()` on "
+                "its handle before applying another"
             )
         self.text = text_model(model)
         self.name, self.model, self.control = self.text.name, model, control
@@ -266,9 +267,8 @@ class _TextAttachment:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             kind = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"{self.control.method} takes an attention_mask (B, S) that says which tokens are padding, "
-                "not "
-                f"{kind}: no S x S mask is made"
+                f"{self.control.method} takes an attention_mask (B, S) that says which tokens "
+                f"are padding, not {kind}: no S x S mask is made"
             )
         self.state.prepare(inputs.shape[0], inputs.shape[1], inputs.device, mask)
 
@@ -279,15 +279,14 @@ class _TextAttachment:
         cached = given.get("past_key_values") is not None or given.get("cache") is not None
         if cached or (config.use_cache if use_cache is None else use_cache):
             raise ValueError(
-                f"{self.control.method} works without a cache of keys and values: the queries of a step are "
-                "all "
-                "tokens. Leave past_key_values and use_cache out, and set model.config.use_cache = False"
+                f"{self.control.method} works without a cache of keys and values: the queries "
+                "of a step are all tokens. Leave past_key_values and use_cache out, and "
+                "set model.config.use_cache = False"
             )
         if config._attn_implementation != self._implementation.name:
             raise RuntimeError(
                 f"{self.name} runs attention {config._attn_implementation!r} instead of what diffctrl put "
-                "there, "
-                "so that the control would do nothing; `remove()` the control first, then change it"
+                "there, so that the control would do nothing; `remove()` the control first, then change it"
             )
 
 

@@ -170,9 +170,8 @@ class SparseDController:
         run = self._running()
         if not layout.equals(run.layout):
             raise ValueError(
-                "the loaded patterns are of other rows: prompts of "
-                f"{layout.prompts.tolist()} tokens and {layout.generation} generated ones. They fit these "
-                "alone; "
+                f"the loaded patterns are of other rows: prompts of {layout.prompts.tolist()} "
+                f"tokens and {layout.generation} generated ones. They fit these alone; "
                 "load_patterns(None) builds new ones"
             )
         run.given = True
@@ -323,7 +322,7 @@ class SparseDController:
 
 _NOT_BEGUN = (
     "SparseD: a forward ran outside of a generation. The sampler calls control.begin(prompt_lengths, "
-    "gen_length, "
-    "steps, left_padding) and control.set_step(i) before each forward; remove() takes SparseD off"
+    "gen_length, steps, left_padding) and control.set_step(i) before each forward; "
+    "remove() takes SparseD off"
 )
 __all__ = ["SparseDController"]

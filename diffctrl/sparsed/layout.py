@@ -136,9 +136,8 @@ class Layout:
         longest = int(ends.max())
         if tokens is not None and tokens < longest:
             raise ValueError(
-                f"the rows end at token {longest}, but have {tokens}: prompt_lengths counts real prompt "
-                "tokens, "
-                "left_padding the padding before them"
+                f"the rows end at token {longest}, but have {tokens}: prompt_lengths counts real "
+                "prompt tokens, left_padding the padding before them"
             )
         return cls(prompts, generation, starts, block, longest if tokens is None else tokens)
 

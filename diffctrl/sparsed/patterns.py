@@ -99,8 +99,8 @@ def load(path: str | Path) -> tuple[dict[int, Pattern], Layout]:
         about = file.metadata() or {}
         if about.get("format") != FORMAT:
             raise ValueError(
-                f"{path} is no file of patterns: its format is {about.get('format')!r}, accepted is "
-                f"{FORMAT!r}"
+                f"{path} is no file of patterns: its format is {about.get('format')!r}, "
+                f"accepted is {FORMAT!r}"
             )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     layout = _layout(json.loads(about["layout"]))

@@ -99,10 +99,9 @@ class Run:
         layout = self.layout
         if batch != layout.batch:
             raise ValueError(
-                f"SparseD: the forward has {batch} rows, begin() was told of {layout.batch}. With guidance "
-                "in "
-                "one batch prompt_lengths names the rows of both halves; guidance in two forwards is not "
-                "supported"
+                f"SparseD: the forward has {batch} rows, begin() was told of {layout.batch}. "
+                "With guidance in one batch prompt_lengths names the rows of both halves; "
+                "guidance in two forwards is not supported"
             )
         if tokens != layout.tokens:
             self._take_length(tokens, mask)
@@ -111,20 +110,18 @@ class Run:
         if mask is None:
             if self.layout.padded:
                 raise ValueError(
-                    "SparseD: begin() was told of padding, but the forward has no attention_mask (B, S), so "
-                    "that "
-                    "the model would not know of it"
+                    "SparseD: begin() was told of padding, but the forward has no attention_mask "
+                    "(B, S), so that the model would not know of it"
                 )
         elif mask.shape != (batch, tokens):
             raise ValueError(
-                f"SparseD takes an attention_mask (B, S) = ({batch}, {tokens}), not {tuple(mask.shape)}: it "
-                "makes no S x S mask"
+                f"SparseD takes an attention_mask (B, S) = ({batch}, {tokens}), not "
+                f"{tuple(mask.shape)}: it makes no S x S mask"
             )
         elif not torch.equal(mask.to("cpu", torch.bool), self.layout.mask()):
             raise ValueError(
                 "SparseD: attention_mask and begin() do not agree on which tokens are padding; "
-                "prompt_lengths "
-                "counts real prompt tokens, left_padding the padding before them"
+                "prompt_lengths counts real prompt tokens, left_padding the padding before them"
             )
         self._checked, self._seen = mask, True
 
@@ -133,9 +130,8 @@ class Run:
         layout = self.layout
         if self._seen or tokens < layout.tokens or mask is None:
             raise ValueError(
-                f"SparseD: the forward has {tokens} tokens, begin() was told of {layout.tokens}. A pattern "
-                "fits "
-                "one length: call begin() for each new one"
+                f"SparseD: the forward has {tokens} tokens, begin() was told of {layout.tokens}. "
+                "A pattern fits one length: call begin() for each new one"
             )
         self._expect(Layout.of(layout.prompts, layout.generation, layout.block, layout.starts, tokens))
 

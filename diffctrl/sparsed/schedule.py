@@ -48,8 +48,8 @@ class Schedule:
         """
         if total < 1 or blocks < 1 or total % blocks:
             raise ValueError(
-                f"{total} steps in {blocks} blocks: both must be at least 1, and the blocks share the steps "
-                "equally"
+                f"{total} steps in {blocks} blocks: both must be at least 1, and the blocks "
+                "share the steps equally"
             )
         if config.mode == "authors":
             first = int(total * config.skip) + 1
