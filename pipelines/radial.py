@@ -12,10 +12,11 @@ from diffusers import (
 )
 
 from diffctrl.pipelines.base import MethodPipelineMixin
+from diffctrl.pipelines.length import LengthLoRAMixin
 from diffctrl.processors import RadialAttnProcessor, RadialConfig
 
 
-class RadialPipelineMixin(MethodPipelineMixin):
+class RadialPipelineMixin(LengthLoRAMixin, MethodPipelineMixin):
     """A stock pipeline whose call also takes the settings of Radial Attention (arXiv 2506.19852).
 
     ```python
@@ -23,6 +24,7 @@ class RadialPipelineMixin(MethodPipelineMixin):
     pipe("a red ball rolls to the left", num_frames=81)  # with the published settings of the model
     pipe("a red ball rolls to the left", dense_steps=6, decay_factor=0.5)
     pipe.set_attn_processor(RadialAttnProcessor(dense_steps=6))  # for every call from now on
+    pipe.load_length_lora("length-4x")  # weights and mask for longer videos
     ```
     """
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffctrl.control import Context, Contributions, Published
 from diffctrl.families import ForwardInfo, Site
+from diffctrl.length import Loaded, at_work, tuned
 from diffctrl.processors.base import ControlAttnProcessor
 from diffctrl.processors.radial_estimate import predicted, subject_of
 from diffctrl.radial import (
@@ -57,10 +58,16 @@ class RadialAttnProcessor(ControlAttnProcessor):
         return site.kind in ("joint", "self") and site.stack in site.family.stacks
 
     def check(self, sites: Sequence[Site]) -> None:
-        blocks = _blocks(self.select(sites))
-        if self.config.dense_blocks is not None and self.config.dense_blocks >= blocks:
+        chosen = self.select(sites)
+        blocks = _blocks(chosen)
+        config, loaded, complaint = self._tuned(chosen)
+        if complaint and loaded is not None:
+            if loaded.strict:
+                raise ValueError(f"{complaint}, or load the LoRA with strict=False")
+            logger.warning("%s", complaint)
+        if config.dense_blocks is not None and config.dense_blocks >= blocks:
             raise ValueError(
-                f"dense_blocks={self.config.dense_blocks} leaves none of the {blocks} blocks of this "
+                f"dense_blocks={config.dense_blocks} leaves none of the {blocks} blocks of this "
                 f"{sites[0].family.title} model to be sparse"
             )
 
@@ -69,14 +76,18 @@ class RadialAttnProcessor(ControlAttnProcessor):
         info = context.info
         assert info is not None
         frames, rows, columns = context.grid()
-        pattern, dense = self.resolved(sites[0].family.name, frames, context.experts)
+        config, loaded, _ = self._tuned(sites)
+        known = preset(sites[0].family.name, frames=frames, experts=context.experts, tuned=loaded is not None)
+        pattern, dense = resolve(config, known)
+        if dense.always and loaded is not None and loaded.lora.radial is not None and not context.step:
+            logger.warning("no step of this run has the mask that the length LoRA was trained with")
         if dense.always or (not dense.never and self._rests(dense, context)):
             return None
         layout = layout_of(sites[0], info, (frames, rows, columns))
         key = (pattern, layout, dense.blocks)
         if previous is not None and previous.key == key:
             return previous
-        self._notes(context, sites[0], frames)
+        self._notes(context, sites[0], frames, loaded)
         lists = block_lists(pattern, layout)
         family = sites[0].family
         sparse = [site for site in sites if family.flat_layer(sites, site) >= dense.blocks]
@@ -115,6 +126,25 @@ class RadialAttnProcessor(ControlAttnProcessor):
         pattern, dense = self.resolved(subject.family.name, subject.layout.frames, subject.experts)
         return predicted(subject, pattern, dense, steps, efficiency)
 
+    def _tuned(self, sites: Sequence[Site]) -> tuple[RadialConfig, Loaded | None, str]:
+        """The settings on this model, the length LoRA at work there, and why they do not belong together."""
+        loaded = at_work(sites[0].module) if sites else None
+        if loaded is None:
+            return self.config, None, ""
+        if loaded.lora.radial is None:
+            sparse = self.config.dense_fraction != 1.0
+            complaint = (
+                f"the length LoRA {loaded.adapter!r} was trained with dense attention, and this mask is "
+                "sparse: take it off (dense_fraction=1.0)"
+            )
+            return self.config, loaded, complaint if sparse else ""
+        config, against = tuned(self.config, loaded.lora.radial)
+        complaint = (
+            f"this mask is not the one that the length LoRA {loaded.adapter!r} was trained with: "
+            f"{', '.join(against)}; leave these settings out"
+        )
+        return config, loaded, complaint if against else ""
+
     @staticmethod
     def _rests(dense: DenseParts, context: Context) -> bool:
         """Whether the running step attends all."""
@@ -130,10 +160,17 @@ class RadialAttnProcessor(ControlAttnProcessor):
         return dense.is_dense(step, total)
 
     @staticmethod
-    def _notes(context: Context, site: Site, frames: int) -> None:
+    def _notes(context: Context, site: Site, frames: int, loaded: Loaded | None) -> None:
         name = site.family.name
         if frames == 1:
             logger.warning("%s runs on one frame: Radial Attention leaves out nothing there", name)
+        elif loaded is not None:
+            low, high = loaded.lora.latent_frames
+            if not low <= frames <= high:
+                logger.warning(
+                    "%s: the length LoRA %r was trained on clips of %s latent frames, and this one has %d",
+                    context.model_name, loaded.adapter, low if low == high else f"{low} to {high}", frames,
+                )  # fmt: skip
         elif is_extended(name, frames):
             logger.warning(
                 "%s: %d latent frames are %.1f times what %s was made for; without a LoRA for this length "

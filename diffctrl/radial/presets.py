@@ -50,20 +50,21 @@ def is_extended(family: str, frames: int) -> bool:
     return frames > _EXTENDED * NATIVE_FRAMES.get(family, frames)
 
 
-def preset(family: str, *, frames: int, experts: int = 1) -> Preset:
+def preset(family: str, *, frames: int, experts: int = 1, tuned: bool = False) -> Preset:
     """The published settings of a model.
 
     Args:
         family: its name in diffctrl.
         frames: latent frames of the clip.
         experts: denoisers of the pipeline; two are Wan 2.2's.
+        tuned: whether the model has a length LoRA, for which the settings of longer clips are published.
 
     Source: the scripts of the published code for Wan 2.1 and 2.2 and HunyuanVideo, the paper's section on
     length extension for longer clips. Mochi, CogVideoX, LTX and HunyuanVideo 1.5 have no published settings:
     HunyuanVideo 1.5 gets HunyuanVideo's, the others full-width bands with the sink. Blocks of Wan 2.2 are of
     128 tokens as everywhere, where its script has 64 (which users of it measured to be slower).
     """
-    if is_extended(family, frames):
+    if tuned or is_extended(family, frames):
         return _PRESETS["extended"]
     if family == "wan" and experts > 1:
         return _PRESETS["wan 2.2"]

@@ -86,6 +86,11 @@ def is_here(name: str) -> bool:
     return (_WEIGHTS / model.folder / index).is_file()
 
 
+def loras() -> dict[str, Path]:
+    """The length LoRAs inside the package, by name; each fits one embedded model, which its file names."""
+    return {file.stem: file for file in sorted(_WEIGHTS.glob("*/loras/*.safetensors"))}
+
+
 def load(name: str, dtype: "torch.dtype | None" = None) -> Any:
     """Load an embedded model on the CPU, without network.
 
