@@ -1,11 +1,11 @@
-"""`diffctrl generate`: words in, a picture file out."""
+"""`diffctrl generate`: words in, a file of a picture or clip out."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from diffctrl.cli.output import (
 from diffctrl.errors import BadRequestError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     from diffctrl.drawing.draw import Drawn
@@ -48,17 +49,23 @@ def generate(
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height x width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Length of the clip of a video model.")] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="A LoRA of `train-length-lora`, for longer clips; or none."),
+    ] = None,
     compare: Annotated[
         bool | None, typer.Option("--compare/--no-compare", help="Draw the stock model beside the method.")
     ] = None,
     from_: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="Repeat a picture; other options override.")
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Repeat a picture or clip; other options override."),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pictures go.")] = Path("out"),
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
-    """Draw pictures, under attention control where a method is given. Prints the path of each."""
+    """Draw pictures or clips, under attention control where a method is given. Prints the path of each."""
     prepare_libraries()
     with complaints():
         from diffctrl.drawing import plan as planning
@@ -80,6 +87,8 @@ def generate(
             dtype=dtype,
             count=num,
             recipe=_recipe(from_),
+            frames=frames,
+            lora=lora,
         )
         plan = planning.make(request)
         for warning in plan.warnings:
@@ -102,9 +111,9 @@ def _sides(size: str | None, height: int | None, width: int | None) -> tuple[int
 def _recipe(path: Path | None) -> Recipe | None:
     if path is None:
         return None
-    from diffctrl.drawing import png
+    from diffctrl.drawing import files
 
-    return png.read_recipe(path)
+    return files.read_recipe(path)
 
 
 def _make_folder(out: Path) -> None:
@@ -121,7 +130,7 @@ def _draw(plan: Plan, request: Request, out: Path) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from diffctrl.drawing import draw, png
+    from diffctrl.drawing import draw, files
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -148,7 +157,7 @@ def _draw(plan: Plan, request: Request, out: Path) -> None:
                     ]
                 picture, read = _finished(plan, drawn)
                 path = out / _file_name(plan, drawn)
-                png.write(picture, path, drawn.recipe)
+                files.write(picture, path, drawn.recipe)
                 notes += read
                 paths.append(path)
     finally:
@@ -158,26 +167,33 @@ def _draw(plan: Plan, request: Request, out: Path) -> None:
             print(path)
 
 
-def _finished(plan: Plan, drawn: Drawn) -> tuple[Image, list[str]]:
-    """The picture to write, and what to say about it."""
+def _finished(plan: Plan, drawn: Drawn) -> tuple[Image | np.ndarray, list[str]]:
+    """The picture or clip to write, and what to say about it."""
     from diffctrl.drawing import compare, reading
 
-    read = reading.read if plan.source.embedded else None
-    pictures = [("stock", drawn.stock)] if drawn.stock is not None else []
-    pictures.append((drawn.described, drawn.image))
+    drawings: list[tuple[Any, str]] = [] if drawn.stock is None else [(drawn.stock, "stock")]
+    drawings.append((drawn.image, drawn.described))
     panels, notes = [], []
-    for title, image in pictures:
-        lines = ()
-        if read is not None:
-            seen = read(image, plan.prompt)
+    for drawing, title in drawings:
+        lines: tuple[str, ...] = ()
+        if plan.source.embedded:
+            read = reading.read if plan.frames is None else reading.read_clip
+            seen = read(drawing, plan.prompt)
             lines = (f"reads: {seen.sentence}", seen.verdict)
             notes.append(f"{title}: {seen.sentence} ({seen.verdict})")
-        panels.append(compare.Panel(image, title, lines))
-    return (compare.side_by_side(panels) if plan.compare else drawn.image), notes
+        panels.append((drawing, title, lines))
+    if not plan.compare:
+        return drawn.image, notes
+    if plan.frames is not None:
+        return compare.clips_side_by_side(panels), notes
+    return compare.side_by_side([compare.Panel(*panel) for panel in panels]), notes
 
 
 def _file_name(plan: Plan, drawn: Drawn) -> str:
     """Model, method, seed and a hash of the request; nothing of the prompt."""
+    from diffctrl.drawing import files
+
     method = "-".join(spec.method for spec in plan.controls) or "stock"
     compared = "-compare" if plan.compare else ""
-    return f"{plan.source.slug}-{method}-{drawn.recipe.seed}-{drawn.recipe.digest()}{compared}.png"
+    end = files.suffix(drawn.recipe)
+    return f"{plan.source.slug}-{method}-{drawn.recipe.seed}-{drawn.recipe.digest()}{compared}{end}"

@@ -1,4 +1,4 @@
-"""`diffctrl info`: what a picture was made with, or what this installation can do."""
+"""`diffctrl info`: what a picture or clip was made with, or what this installation can do."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from diffctrl.cli.tables import as_text, new_table
 
 
 def info(
-    file: Annotated[Path | None, typer.Argument(help="A PNG file of `diffctrl generate`.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="A PNG or MP4 file of `diffctrl generate`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the recipe of a picture; without a file, the embedded models, methods and model families."""
+    """Print the recipe of a picture or clip; without a file, embedded models, methods and model families."""
     prepare_libraries()
     with complaints():
         if file is None:
@@ -27,9 +27,9 @@ def info(
 def _print_recipe(file: Path, as_json: bool) -> None:
     from rich.console import Console
 
-    from diffctrl.drawing import png
+    from diffctrl.drawing import files
 
-    recipe = png.read_recipe(file)
+    recipe = files.read_recipe(file)
     if as_json:
         print(recipe.to_json())
         return
@@ -61,6 +61,8 @@ def _recipe_rows(recipe: Any) -> list[tuple[str, str]]:
         ("steps", str(recipe.steps)),
         ("guidance scale", f"{recipe.guidance_scale:g}"),
         ("height x width", f"{recipe.height} x {recipe.width}"),
+        *([] if recipe.frames is None else [("frames", f"{recipe.frames}, {recipe.fps} a second")]),
+        *([] if recipe.lora is None else [("LoRA", f"{recipe.lora.name}, sha256 {recipe.lora.sha256}")]),
         ("text length", str(recipe.max_sequence_length or "the model's own")),
         ("scheduler", f"{recipe.scheduler.get('class')}({scheduler})"),
         ("device", f"{recipe.device}, {recipe.hardware}, {recipe.dtype}"),
@@ -72,6 +74,7 @@ def _recipe_rows(recipe: Any) -> list[tuple[str, str]]:
 def _inventory() -> dict[str, Any]:
     from diffctrl import settings
     from diffctrl.catalogue import FAMILIES, TEXT_FAMILIES
+    from diffctrl.length import read
     from diffctrl.methods import METHODS
     from diffctrl.zoo import registry
 
@@ -85,6 +88,7 @@ def _inventory() -> dict[str, Any]:
             }
             for name, model in registry.EMBEDDED.items()
         },
+        "loras": {name: read(path).summary() for name, path in registry.loras().items()},
         "methods": {
             name: {
                 "title": method.title,
@@ -115,6 +119,9 @@ def _print_inventory(as_json: bool) -> None:
     models = new_table("Embedded models", "name", "kind", "weights", "description")
     for name, model in found["models"].items():
         models.add_row(name, model["kind"], "here" if model["here"] else "missing", model["description"])
+    loras = new_table("Embedded LoRAs", "name", "what it was trained for")
+    for name, summary in found["loras"].items():
+        loras.add_row(name, summary)
     known = new_table("Methods", "name", "command", "what you get", "options", "paper")
     for name, method in found["methods"].items():
         options = ", ".join(method["options"])
@@ -123,5 +130,5 @@ def _print_inventory(as_json: bool) -> None:
     for name, family in found["families"].items():
         families.add_row(name, family["title"], family["model"])
     console = Console()
-    for table in (models, known, families):
+    for table in (models, *([loras] if found["loras"] else []), known, families):
         console.print(table)

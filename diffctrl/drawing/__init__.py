@@ -1,5 +1,5 @@
-"""From a request to a picture file: recipes, sources of models, checks before any weights are loaded."""
+"""From a request to a file of a picture or clip: recipes, sources of models, checks before weights load."""
 
-from diffctrl.drawing.recipe import ControlSpec, Recipe, Weights
+from diffctrl.drawing.recipe import ControlSpec, LoraSpec, Recipe, Weights
 
-__all__ = ["ControlSpec", "Recipe", "Weights"]
+__all__ = ["ControlSpec", "LoraSpec", "Recipe", "Weights"]

@@ -1,4 +1,4 @@
-"""Two pictures side by side, each under a band that says what it is."""
+"""Two pictures or clips side by side, each under a band that says what it is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
     from PIL.ImageFont import ImageFont as BitmapFont
@@ -46,6 +47,22 @@ def side_by_side(panels: list[Panel]) -> Image:
             top = _GAP + height + _GAP // 2 + row * _LINE
             pen.text((left, top), line, fill=_INK if row else _TITLE, font=font if row else title_font)
     return sheet
+
+
+def clips_side_by_side(clips: list[tuple[np.ndarray, str, tuple[str, ...]]]) -> np.ndarray:
+    """One clip (T, H, W, 3) uint8 of several of the same length, each with a title and lines of text."""
+    import numpy as np
+    from PIL import Image
+
+    sheets = []
+    for frames in zip(*(frames for frames, _, _ in clips), strict=True):
+        panels = [
+            Panel(Image.fromarray(frame), title, lines)
+            for frame, (_, title, lines) in zip(frames, clips, strict=True)
+        ]
+        sheet = np.asarray(side_by_side(panels))
+        sheets.append(sheet[: sheet.shape[0] // 2 * 2, : sheet.shape[1] // 2 * 2])  # MP4 wants even sides
+    return np.stack(sheets)
 
 
 def _wrapped(panel: Panel, width: int, font: FreeTypeFont | BitmapFont) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffctrl.drawing import environment
@@ -14,6 +16,7 @@ from diffctrl.drawing.plan import Plan
 from diffctrl.drawing.recipe import Recipe
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 # Called after each denoising step of any picture.
@@ -22,18 +25,18 @@ OnStep = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One seed's pictures.
+    """One seed's pictures or clips; a clip is (T, H, W, 3) uint8.
 
     Attributes:
-        image: under the plan's controls, or the stock model's where it has none.
+        image: under the plan's controls and LoRA, or the stock model's where it has none.
         stock: the stock model's, where the plan compares.
         recipe: how to draw it again.
-        described: the controls in words, or "stock".
+        described: controls and LoRA in words, or "stock".
         stats: what the controls did, per model; empty without controls.
     """
 
-    image: Image
-    stock: Image | None
+    image: Image | np.ndarray
+    stock: Image | np.ndarray | None
     recipe: Recipe
     described: str
     stats: dict[str, Any]
@@ -57,19 +60,27 @@ def draw(plan: Plan, pipe: Any, on_step: OnStep = lambda: None) -> Iterator[Draw
     stock = [_one(plan, pipe, seed, on_step) for seed in plan.seeds] if plan.compare else None
     first = _recipe(plan, pipe)
     recipes = [replace(first, seed=seed) for seed in plan.seeds]
-    if not plan.controls:
-        for seed, recipe in zip(plan.seeds, recipes, strict=True):
-            yield Drawn(_one(plan, pipe, seed, on_step), None, recipe, "stock", {})
-        return
-    with diffctrl.apply(pipe, processors(plan.controls)) as control:
-        described = " + ".join(each.describe() for each in control.controls)
+    words = []
+    with ExitStack() as on:
+        if plan.lora is not None:
+            from diffctrl.pipelines.length import load_length_lora, unload_length_lora
+
+            load_length_lora(pipe, plan.lora.name, mask=False)
+            on.callback(unload_length_lora, pipe)
+            words.append(f"lora {Path(plan.lora.name).stem}")
+        control = on.enter_context(diffctrl.apply(pipe, processors(plan.controls))) if plan.controls else None
+        if control is not None:
+            words = [each.describe() for each in control.controls] + words
+        described = " + ".join(words) or "stock"
         for index, seed in enumerate(plan.seeds):
             image = _one(plan, pipe, seed, on_step)
             beside = stock[index] if stock else None
-            yield Drawn(image, beside, recipes[index], described, control.stats())
+            stats = {} if control is None else control.stats()
+            yield Drawn(image, beside, recipes[index], described, stats)
 
 
-def _one(plan: Plan, pipe: Any, seed: int, on_step: OnStep) -> Image:
+def _one(plan: Plan, pipe: Any, seed: int, on_step: OnStep) -> Image | np.ndarray:
+    import numpy as np
     import torch
 
     def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +101,10 @@ def _one(plan: Plan, pipe: Any, seed: int, on_step: OnStep) -> Image:
         arguments["negative_prompt"] = plan.negative
     if plan.max_sequence_length is not None:
         arguments["max_sequence_length"] = plan.max_sequence_length
-    return pipe(**arguments).images[0]
+    if plan.frames is None:
+        return pipe(**arguments).images[0]
+    clip = pipe(**arguments, num_frames=plan.frames, output_type="np").frames[0]
+    return (np.clip(clip, 0, 1) * 255).round().astype(np.uint8)
 
 
 def _recipe(plan: Plan, pipe: Any) -> Recipe:
@@ -116,6 +130,9 @@ def _recipe(plan: Plan, pipe: Any) -> Recipe:
         hardware=environment.hardware(plan.device),
         threads=torch.get_num_threads() if plan.device == "cpu" else None,
         versions=environment.versions(),
+        frames=plan.frames,
+        fps=plan.fps,
+        lora=plan.lora,
     )
 
 

@@ -158,6 +158,8 @@ def make(request: HuntRequest) -> HuntPlan:
     goal = parse_goal(request.objectives)  # refuses what cannot be read before anything is loaded
     texts = _texts(request, [part.name for part in goal.parts])
     source = ModelSource.find(request.model or planning.DEFAULT_MODEL)
+    if source.kind.frame_rule is not None:
+        raise BadRequestError(f"{source.name} draws clips; a search scores pictures")
     _check_reach(source, request, [part.name for part in goal.parts])
     scale = request.guidance_scale
     if scale is None:  # no guidance by default, as published: 0 is off where the scale is an input

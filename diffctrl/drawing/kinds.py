@@ -1,7 +1,8 @@
-"""The text-to-image pipelines that the command line draws with: which sizes and arguments each takes."""
+"""The pipelines that the command line draws with: which sizes, lengths and arguments each takes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,30 @@ class SizeRule:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class FrameRule:
+    """How many frames the clips of a video model have: one, then `stride` for each further latent frame."""
+
+    stride: int
+
+    def check(self, model: str, frames: int) -> None:
+        """Refuse a length that the model cannot draw.
+
+        Raises:
+            BadRequestError: with the nearest length that it can.
+        """
+        if frames < 1 or (frames - 1) % self.stride:
+            near = max(0, round((frames - 1) / self.stride)) * self.stride + 1
+            raise BadRequestError(
+                f"--frames {frames} is not a length of {model}: it takes multiples of {self.stride} and one "
+                f"more; the nearest is {near}"
+            )
+
+    def latent(self, frames: int) -> int:
+        """Latent frames of a clip."""
+        return (frames - 1) // self.stride + 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineKind:
     """One pipeline class.
@@ -53,6 +78,8 @@ class PipelineKind:
         size_rule: (configs of components) -> sizes.
         long_tokenizer: the tokenizer whose limit is `max_sequence_length`; the others have their own.
         takes_negative: whether the call reads a negative prompt when its guidance is on.
+        frame_rule: (configs of components) -> lengths of clips; None for pipelines that draw pictures.
+        fps: frames a second of its clips.
     """
 
     family: str
@@ -60,6 +87,8 @@ class PipelineKind:
     size_rule: Callable[[Configs], SizeRule]
     long_tokenizer: str | None = None
     takes_negative: bool = True
+    frame_rule: Callable[[Configs], FrameRule] | None = None
+    fps: int | None = None
 
 
 def _vae_scale(configs: Configs) -> int:
@@ -85,6 +114,24 @@ def _unet_sizes(configs: Configs) -> SizeRule:
     return SizeRule(8, None, (height * scale, width * scale))
 
 
+def _wan_sizes(configs: Configs) -> SizeRule:
+    scale = configs("vae").get("scale_factor_spatial", 8) * configs("transformer")["patch_size"][-1]
+    return SizeRule(math.lcm(16, scale), None, (480, 832))
+
+
+def _wan_frames(configs: Configs) -> FrameRule:
+    return FrameRule(configs("vae").get("scale_factor_temporal", 4))
+
+
+def _hunyuan_video_sizes(configs: Configs) -> SizeRule:
+    scale = configs("vae").get("spatial_compression_ratio", 8) * configs("transformer")["patch_size"]
+    return SizeRule(math.lcm(16, scale), None, (720, 1280))
+
+
+def _hunyuan_video_frames(configs: Configs) -> FrameRule:
+    return FrameRule(configs("vae").get("temporal_compression_ratio", 4))
+
+
 KINDS: dict[str, PipelineKind] = {
     "StableDiffusion3Pipeline": PipelineKind(
         family="sd3", denoiser="transformer", size_rule=_sd3_sizes, long_tokenizer="tokenizer_3"
@@ -98,4 +145,21 @@ KINDS: dict[str, PipelineKind] = {
     ),
     "StableDiffusionPipeline": PipelineKind(family="unet", denoiser="unet", size_rule=_unet_sizes),
     "StableDiffusionXLPipeline": PipelineKind(family="unet", denoiser="unet", size_rule=_unet_sizes),
+    "WanPipeline": PipelineKind(
+        family="wan",
+        denoiser="transformer",
+        size_rule=_wan_sizes,
+        long_tokenizer="tokenizer",
+        frame_rule=_wan_frames,
+        fps=16,
+    ),
+    "HunyuanVideoPipeline": PipelineKind(
+        family="hunyuan_video",
+        denoiser="transformer",
+        size_rule=_hunyuan_video_sizes,
+        long_tokenizer="tokenizer",
+        takes_negative=False,  # as FLUX
+        frame_rule=_hunyuan_video_frames,
+        fps=15,
+    ),
 }

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffctrl import methods
-from diffctrl.drawing import prompts
+from diffctrl.drawing import loras, prompts
 from diffctrl.drawing.choices import (
+    STOCK,
     choose_device,
     first,
     is_head_set,
@@ -17,7 +18,7 @@ from diffctrl.drawing.choices import (
     read_controls,
     read_head_set,
 )
-from diffctrl.drawing.recipe import ControlSpec, Recipe
+from diffctrl.drawing.recipe import ControlSpec, LoraSpec, Recipe
 from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
 
@@ -32,6 +33,8 @@ class Request:
         methods: names in order; "none" alone asks for the stock model.
         settings: (name, text) pairs; the name is "option" or "method.option".
         count: pictures, with seeds that follow each other.
+        frames: of a clip.
+        lora: a length LoRA; "none" for the model without that of the recipe.
     """
 
     prompt: str | None = None
@@ -49,11 +52,13 @@ class Request:
     dtype: str | None = None
     count: int = 1
     recipe: Recipe | None = None
+    frames: int | None = None
+    lora: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will be drawn."""
+    """What will be drawn; `frames` and `fps` are of clips, and None for pictures."""
 
     source: ModelSource
     prompt: str
@@ -69,6 +74,9 @@ class Plan:
     device: str
     dtype: str
     threads: int | None
+    frames: int | None = None
+    fps: int | None = None
+    lora: LoraSpec | None = None
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -86,8 +94,9 @@ def make(request: Request) -> Plan:
     for spec in controls:
         if (command := methods.METHODS[spec.method].command) != "generate":
             raise BadRequestError(f"{spec.method} changes no picture; it is used by `diffctrl {command}`")
+    wanted_lora = first(request.lora, recipe and recipe.lora and recipe.lora.name, STOCK)
     compare = bool(first(request.compare, recipe and recipe.compare))
-    if compare and not controls:
+    if compare and not controls and wanted_lora == STOCK:
         raise BadRequestError(
             "--compare needs a method to set beside the stock model, as in --method softpag"
         )
@@ -101,6 +110,7 @@ def make(request: Request) -> Plan:
         small=source.embedded,
     )
     defaults = _call_defaults(source)
+    frames = _frames(request, source, same_model, defaults)
     steps = first(request.steps, recipe and recipe.steps, defaults["num_inference_steps"])
     guidance = first(request.guidance_scale, recipe and recipe.guidance_scale, defaults["guidance_scale"])
     longest = first(same_model and same_model.max_sequence_length, defaults.get("max_sequence_length"))
@@ -110,6 +120,10 @@ def make(request: Request) -> Plan:
     warnings = prompts.check(source, prompt, longest)
     if negative:
         warnings += prompts.check(source, negative, longest, what="negative prompt")
+    lora = None
+    if wanted_lora != STOCK:
+        lora, more = loras.choose(source, wanted_lora, controls)
+        warnings += more
     _check_controls(source, controls, [text for key, text in request.settings if is_head_set(key, text)])
     return Plan(
         source=source,
@@ -126,6 +140,9 @@ def make(request: Request) -> Plan:
         device=device,
         dtype=dtype,
         threads=recipe.threads if recipe is not None and device == "cpu" else None,
+        frames=frames,
+        fps=source.kind.fps,
+        lora=lora,
         warnings=tuple(warnings),
     )
 
@@ -140,7 +157,7 @@ def _seeds(seed: int, count: int) -> tuple[int, ...]:
 
 def _size(request: Request, source: ModelSource, same_model: Recipe | None) -> tuple[int, int]:
     rule = source.kind.size_rule(source.config)
-    own = _recommended(source)
+    own = source.recommended()
     default = own.get("height", rule.default[0]), own.get("width", rule.default[1])
     height = first(request.height, same_model and same_model.height, default[0])
     width = first(request.width, same_model and same_model.width, default[1])
@@ -148,17 +165,24 @@ def _size(request: Request, source: ModelSource, same_model: Recipe | None) -> t
     return height, width
 
 
-def _recommended(source: ModelSource) -> dict[str, Any]:
-    if not source.embedded:
-        return {}
-    from diffctrl.zoo import registry
-
-    return dict(registry.recommended(source.name))
+def _frames(
+    request: Request, source: ModelSource, same_model: Recipe | None, defaults: dict[str, Any]
+) -> int | None:
+    rule = source.kind.frame_rule
+    if rule is None:
+        if request.frames is not None:
+            raise BadRequestError(
+                f"--frames {request.frames} is a length of clips, and {source.name} draws pictures"
+            )
+        return None
+    frames = first(request.frames, same_model and same_model.frames, defaults["num_frames"])
+    rule(source.config).check(source.name, frames)
+    return frames
 
 
 def _call_defaults(source: ModelSource) -> dict[str, Any]:
     """Arguments that nobody gave: the card's for an embedded model, else the pipeline class's."""
-    if own := _recommended(source):
+    if own := source.recommended():
         return own
     import diffusers
 
@@ -192,15 +216,9 @@ def _check_controls(source: ModelSource, controls: tuple[ControlSpec, ...], head
     """
     if not controls:
         return
-    import diffusers
-    import torch
-
     import diffctrl
 
-    component = source.kind.denoiser
-    model_class = getattr(diffusers, source.components()[component])
-    with torch.device("meta"):
-        model = model_class.from_config(source.config(component))
+    model = source.skeleton(source.kind.denoiser)
     try:
         for path in head_sets:
             read_head_set(path).check(model)

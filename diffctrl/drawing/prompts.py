@@ -42,15 +42,19 @@ def check(
         for count in counts
         if count.tokens > count.limit
     ]
-    if source.embedded and (unknown := unknown_words(prompt)):
+    clips = source.kind.frame_rule is not None
+    if source.embedded and (unknown := unknown_words(prompt, clips=clips)):
         words = ", ".join(map(repr, unknown))
         warnings.append(f"{source.name} never saw {words} in training and cannot draw it")
     return warnings
 
 
-def unknown_words(prompt: str) -> list[str]:
-    """The words of a prompt that are not in the embedded models' world, in order, once each."""
-    from diffctrl.zoo.worlds import WORDS
+def unknown_words(prompt: str, *, clips: bool = False) -> list[str]:
+    """The words of a prompt that are not in the embedded models' world (of clips), in order, once each."""
+    if clips:
+        from diffctrl.zoo.clips import WORDS
+    else:
+        from diffctrl.zoo.worlds import WORDS
 
     words = (match.group().lower() for match in _WORD.finditer(prompt))
     return list(dict.fromkeys(word for word in words if word not in WORDS))

@@ -1,4 +1,4 @@
-"""What the embedded models' judge sees in a picture, and whether that is what the prompt asked for."""
+"""What the embedded models' judges see in a picture or clip, and whether the prompt asked for that."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
+
+_SHORTEST_CLIP = 17  # frames from which a motion is read
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One picture, read.
+    """One picture or clip, read.
 
     Attributes:
         sentence: what the judge sees, in words.
@@ -46,5 +49,26 @@ def read(image: Image, prompt: str) -> Reading:
     except ValueError:
         return Reading(str(judge.read(pixels)), None)
     verdict = judge.check(pixels, spec)
+    wrong = tuple(fact for fact, holds in verdict.facts.items() if not holds)
+    return Reading(str(verdict.reading), verdict.exact, wrong)
+
+
+def read_clip(frames: np.ndarray, prompt: str) -> Reading:
+    """Read a clip (T, H, W, 3) uint8 of an embedded video model."""
+    import numpy as np
+    import torch
+
+    from diffctrl.zoo import clips, judge
+
+    length, height, width, _ = frames.shape
+    if height != width or length < _SHORTEST_CLIP:
+        return Reading(f"the judge reads square clips of at least {_SHORTEST_CLIP} frames only", None)
+    video = torch.from_numpy(frames.astype(np.float32) / 255).permute(0, 3, 1, 2)
+    reading = judge.read_clip(video)
+    try:
+        wanted = clips.parse(prompt)
+    except ValueError:
+        return Reading(str(reading), None)
+    verdict = judge.compare_clip(reading, wanted)
     wrong = tuple(fact for fact, holds in verdict.facts.items() if not holds)
     return Reading(str(verdict.reading), verdict.exact, wrong)

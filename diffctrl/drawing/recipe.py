@@ -26,7 +26,12 @@ _REQUEST = (
     "controls",
     "compare",
     "dtype",
+    "frames",
+    "fps",
+    "lora",
 )
+# Entries that only clips have: the recipe of a picture is without them.
+_OPTIONAL = ("frames", "fps", "lora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,19 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """A length LoRA.
+
+    Attributes:
+        name: of an embedded one, or the file or folder as it was given.
+        sha256: of its file.
+    """
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """What was drawn, with what, on what.
 
@@ -66,6 +84,8 @@ class Recipe:
         hardware: the card's name, or the instruction set that torch uses on the CPU.
         threads: torch's threads on a CPU, which decide the last bits; None elsewhere.
         versions: package -> version.
+        frames, fps: of a clip, its length and frames a second; None for a picture.
+        lora: the length LoRA, or None.
     """
 
     model: str
@@ -86,16 +106,23 @@ class Recipe:
     hardware: str
     threads: int | None
     versions: Mapping[str, str]
+    frames: int | None = None
+    fps: int | None = None
+    lora: LoraSpec | None = None
     version: int = field(default=RECIPE_VERSION)
 
     def digest(self) -> str:
         """Eight hexadecimal digits that name the request: the same request gives the same file name."""
-        asked = {name: value for name, value in asdict(self).items() if name in _REQUEST}
+        asked = {name: value for name, value in self._entries().items() if name in _REQUEST}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
 
     def to_json(self) -> str:
         """The recipe as one line of JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        return json.dumps(self._entries(), ensure_ascii=False, allow_nan=False)
+
+    def _entries(self) -> dict[str, Any]:
+        entries = asdict(self)
+        return {name: value for name, value in entries.items() if value is not None or name not in _OPTIONAL}
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -117,12 +144,20 @@ class Recipe:
         if not isinstance(controls, list):
             raise BadRequestError("its recipe names no list of controls")
         specs = tuple(read_table(ControlSpec, control, "control") for control in controls)
-        weights = read_table(Weights, found.get("weights"), "weights")
-        return read_table(cls, {**found, "controls": specs, "weights": weights}, "recipe")
+        made: dict[str, Any] = {
+            "controls": specs,
+            "weights": read_table(Weights, found.get("weights"), "weights"),
+        }
+        if found.get("lora") is not None:
+            made["lora"] = read_table(LoraSpec, found["lora"], "lora")
+        return read_table(cls, {**dict.fromkeys(_OPTIONAL), **found, **made}, "recipe")
 
     def differences(self, now: Recipe) -> list[str]:
         """What of the surroundings is not as it was, so that the pixels may differ."""
-        return differences(self, now, ("device", "hardware", "threads", "scheduler"))
+        found = differences(self, now, ("device", "hardware", "threads", "scheduler"))
+        if self.lora is not None and now.lora is not None and self.lora.sha256 != now.lora.sha256:
+            found.append(f"the LoRA was {self.lora.sha256[:12]}, is {now.lora.sha256[:12]}")
+        return found
 
 
 def differences(was: Any, now: Any, names: Iterable[str]) -> list[str]:

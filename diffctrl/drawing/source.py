@@ -18,6 +18,7 @@ from diffctrl.errors import BadRequestError, nearest
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Components come from these libraries only: any other name in model_index.json would be code of the model's.
 _LIBRARIES = ("diffusers", "transformers")
+_CARD = "diffctrl.json"
 _READ_WHOLE_BYTES = 512 * 2**20
 _END_BYTES = 2**20
 _HUB_SECONDS = 10
@@ -50,11 +51,6 @@ class ModelSource:
         if name in registry.EMBEDDED:
             if registry.EMBEDDED[name].kind == "text":
                 raise BadRequestError(f"{name} writes text, it draws nothing; use it with `diffctrl text`")
-            if registry.EMBEDDED[name].kind == "video":
-                raise BadRequestError(
-                    f"{name} makes clips, and this command makes pictures; from Python, "
-                    f"diffctrl.zoo.registry.load({name!r}) gives its pipeline"
-                )
             try:
                 folder = registry.path(name)
             except FileNotFoundError as error:
@@ -128,13 +124,13 @@ class ModelSource:
         """What is known of the pipeline's class.
 
         Raises:
-            BadRequestError: it does not draw pictures from text, or wants code of its own.
+            BadRequestError: it does not draw from text, or wants code of its own.
         """
         index = self.config()
         name = str(index.get("_class_name"))
         if name not in KINDS:
             raise BadRequestError(
-                f"{self.name} is a {name}; `diffctrl generate` draws with {', '.join(KINDS)}. From Python, "
+                f"{self.name} is a {name}; the commands draw with {', '.join(KINDS)}. From Python, "
                 "diffctrl.apply takes every pipeline of the families that `diffctrl info` lists"
             )
         for component, entry in index.items():
@@ -145,6 +141,24 @@ class ModelSource:
                     "transformers are loaded, code of the model's own is not"
                 )
         return KINDS[name]
+
+    def recommended(self) -> dict[str, Any]:
+        """Arguments of a call that the model was trained for, by the card of the package's own models; empty
+        for others.
+
+        Raises:
+            BadRequestError: the card cannot be read.
+        """
+        card = None if self.folder is None else self.folder / _CARD
+        if card is None or not card.is_file():
+            return {}
+        try:
+            found = dict(json.loads(card.read_text(encoding="utf-8"))["call"])
+        except (OSError, ValueError, TypeError, KeyError):
+            found = {"": None}
+        if not all(type(value) in (int, float) for value in found.values()):
+            raise BadRequestError(f"{self.name}: {_CARD} names no arguments of a call")
+        return found
 
     @property
     def asks_hub(self) -> bool:
@@ -159,6 +173,22 @@ class ModelSource:
             for name, entry in index.items()
             if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and entry[1]
         }
+
+    def skeleton(self, component: str) -> Any:
+        """A component of diffusers with all of its modules and no memory for weights.
+
+        Raises:
+            BadRequestError: its configuration makes no model.
+        """
+        import diffusers
+        import torch
+
+        model_class = getattr(diffusers, self.components()[component])
+        try:
+            with torch.device("meta"):
+                return model_class.from_config(self.config(component))
+        except (ValueError, TypeError) as error:
+            raise BadRequestError(f"{self.name}: its {component} cannot be made ({error})") from None
 
     def load(self, dtype: Any) -> Any:
         """The stock pipeline, weights and all.

@@ -88,7 +88,7 @@ def is_here(name: str) -> bool:
 
 def loras() -> dict[str, Path]:
     """The length LoRAs inside the package, by name; each fits one embedded model, which its file names."""
-    return {file.stem: file for file in sorted(_WEIGHTS.glob("*/loras/*.safetensors"))}
+    return {file.stem: file for file in sorted((_WEIGHTS / "loras").glob("*.safetensors"))}
 
 
 def load(name: str, dtype: "torch.dtype | None" = None) -> Any:

@@ -76,7 +76,7 @@ def test_folder_without_a_pipeline(generate, no_weights, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"_class_name": "WanPipeline"}, "is a WanPipeline"),
+        ({"_class_name": "AudioLDMPipeline"}, "is a AudioLDMPipeline"),
         ({"vae": ["my_code", "Autoencoder"]}, "comes from 'my_code'"),
     ],
 )

@@ -22,6 +22,8 @@ SURFACE = {
         "--size",
         "--height",
         "--width",
+        "--frames",
+        "--lora",
         "--compare",
         "--no-compare",
         "--from",
