@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from diffctrl.attention import EngineStats, attend, chain, kernel_report, select_kernel
 from diffctrl.attention.kernels import table
@@ -356,6 +357,20 @@ def test_calls_that_do_not_fit_are_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match="given were|one dtype|at least one"):
             attend(*bad)
+
+
+def test_the_first_call_of_a_process_may_be_under_gradient_checkpointing():
+    mask = random_lists((8, 8), (40, 40))
+
+    def gradient(checkpointed):
+        chain.register("gathered", None)  # as if it had never been tested
+        q, k, v = (x.requires_grad_() for x in make_inputs(1, 2, 2, (40, 40), 16))
+        run = lambda *qkv: attend(*qkv, mask=mask)  # noqa: E731
+        out = checkpoint(run, q, k, v, use_reentrant=False) if checkpointed else run(q, k, v)
+        return torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    for found, wanted in zip(gradient(True), gradient(False), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_a_dense_backend_with_block_lists_is_noted():
