@@ -13,6 +13,7 @@ from diffctrl.cli.ground import ground
 from diffctrl.cli.headhunt import headhunt
 from diffctrl.cli.info import info
 from diffctrl.cli.text import text
+from diffctrl.cli.train_length_lora import train_length_lora
 
 app = typer.Typer(
     name="diffctrl",
@@ -43,5 +44,6 @@ app.command()(generate)
 app.command()(text)
 app.command()(ground)
 app.command()(headhunt)
+app.command()(train_length_lora)
 app.command()(info)
 app.command()(doctor)

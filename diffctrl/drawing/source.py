@@ -190,8 +190,12 @@ class ModelSource:
         except (ValueError, TypeError) as error:
             raise BadRequestError(f"{self.name}: its {component} cannot be made ({error})") from None
 
-    def load(self, dtype: Any) -> Any:
+    def load(self, dtype: Any, *, without: Sequence[str] = ()) -> Any:
         """The stock pipeline, weights and all.
+
+        Args:
+            dtype: of the weights, or one for each component by name ("default" for the others).
+            without: components that are not loaded; an embedded model comes whole.
 
         Raises:
             BadRequestError: diffusers cannot load it.
@@ -205,7 +209,11 @@ class ModelSource:
         where = str(self.folder) if self.folder is not None else self.name
         try:
             return DiffusionPipeline.from_pretrained(
-                where, dtype=dtype, use_safetensors=True, local_files_only=not self.asks_hub
+                where,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=not self.asks_hub,
+                **dict.fromkeys(without),
             )
         except (OSError, ValueError) as error:
             raise BadRequestError(f"{self.name} cannot be loaded: {_first_line(error)}") from None

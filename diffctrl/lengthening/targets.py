@@ -17,6 +17,7 @@ def targets(model: nn.Module, *, added: bool, cross: bool) -> tuple[str, ...]:
     Args:
         model: a transformer of a supported family.
         added: also the projections of text in joint attention. Whether the paper trained them is unknown.
+            HunyuanVideo's single blocks have no output projection of attention alone, and get none.
         cross: also cross-attention, its image branch left out. Whether the paper trained it is unknown.
     """
     family = family_of(model)

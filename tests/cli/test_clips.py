@@ -16,19 +16,14 @@ import torch
 from diffctrl.drawing import mp4, prompts, reading
 from diffctrl.errors import BadRequestError
 from diffctrl.zoo import clips, registry
-from tests.length.models import CALL, FRAMES, lora_file, wan
+from tests.length.models import FRAMES, lora_file, save, wan
 
 PROMPT = "a red circle moves right"
 
 
 @pytest.fixture(scope="session")
 def video_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the card of the package's own video models."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-wan"
-    wan().save_pretrained(folder)
-    call = {**CALL, "num_frames": FRAMES, "guidance_scale": 1.0}
-    (folder / "diffctrl.json").write_text(json.dumps({"call": call}))
-    return folder
+    return save(tmp_path_factory.mktemp("models") / "tiny-wan")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def wan(seed: int = 0) -> Any:
     pipe = video_pipeline(parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save(folder: Path) -> Path:
+    """The pipeline as a folder, with the card of the package's own video models."""
+    wan().save_pretrained(folder)
+    call = {**CALL, "num_frames": FRAMES, "guidance_scale": 1.0}
+    (folder / "diffctrl.json").write_text(json.dumps({"call": call}))
+    return folder
 
 
 def latents(pipe: Any, frames: int = FRAMES, **call: Any) -> torch.Tensor:

@@ -1,0 +1,287 @@
+"""The training of a length LoRA: the base model's own objective, under the radial mask, forward and backward.
+
+Source: section 4.3 of arXiv 2506.19852; its code was not published. Everything that is drawn (order, noise,
+levels, left-out captions) follows from the seed and the step alone, so that a killed training goes on to the
+same weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import diffctrl
+from diffctrl.drawing import environment
+from diffctrl.errors import BadRequestError
+from diffctrl.length import LengthLoRA, write
+from diffctrl.lengthening.checkpoints import Checkpoints
+from diffctrl.lengthening.encoded import EncodedClips
+from diffctrl.lengthening.log import Log
+from diffctrl.lengthening.plan import TrainPlan
+from diffctrl.pipelines.length import base_of
+from diffctrl.processors import RadialAttnProcessor
+
+ADAPTER = "length"
+_CLIP_NORM = 1.0
+_DECAY = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a training does now: `done` of `total` of "loading", "encoding" or "training"."""
+
+    stage: str
+    done: int
+    total: int
+    loss: float | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> Path:
+    """Train, or go on where an earlier run of the same plan was stopped; returns the LoRA's file.
+
+    Raises:
+        BadRequestError: the folder is of another plan, the model does not load, or the loss is not finite.
+    """
+    from accelerate import Accelerator
+
+    if plan.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(plan.device))
+        torch.set_float32_matmul_precision("high")  # of the adapter; its weights stay in float32
+    accelerator = Accelerator(cpu=plan.device == "cpu", gradient_accumulation_steps=plan.accumulate)
+    on_progress(Progress("loading", 0, 1))
+    identity = {**plan.identity(), "processes": accelerator.num_processes}
+    checkpoints = Checkpoints(plan.out / "checkpoints", identity, plan.keep)
+    checkpoints.last()  # refuses to go on with other options, before anything is loaded
+    clips = EncodedClips(plan)
+    kind = plan.kind.velocity_model()
+    encoders = () if not clips.complete else kind.encoders
+    dtype = getattr(torch, plan.dtype)
+    # Autoencoders lose what 16 bits round off; they are small.
+    pipe = plan.source.load({"default": dtype, "vae": torch.float32}, without=encoders)
+    model = kind(pipe, plan.max_sequence_length)
+    if not clips.complete:
+        _encode(plan, clips, model, accelerator, on_progress)
+    return Training(plan, clips, model, accelerator, checkpoints).run(on_progress)
+
+
+def _encode(
+    plan: TrainPlan, clips: EncodedClips, model: Any, accelerator: Any, on_progress: OnProgress
+) -> None:
+    for name in model.encoders:
+        getattr(model.pipe, name).to(accelerator.device)
+    blocks = clips.missing(accelerator.process_index, accelerator.num_processes)
+    done = 0
+
+    def on_block() -> None:
+        nonlocal done
+        done += 1
+        on_progress(Progress("encoding", done, len(blocks)))
+
+    clips.encode(model, blocks, accelerator.device, on_block)
+    accelerator.wait_for_everyone()
+    model.pipe.register_modules(**dict.fromkeys(model.encoders))  # their memory is the transformer's now
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Training:
+    """The steps of a plan, and what they change.
+
+    Args:
+        plan: of the training.
+        clips: encoded.
+        model: the pipeline in training; its transformer gets an adapter.
+        accelerator: of accelerate, one process or several.
+        checkpoints: that the training goes on from.
+    """
+
+    def __init__(
+        self, plan: TrainPlan, clips: EncodedClips, model: Any, accelerator: Any, checkpoints: Checkpoints
+    ) -> None:
+        self.plan, self.clips, self.model, self.accelerator = plan, clips, model, accelerator
+        self.checkpoints = checkpoints
+        self.base = base_of(model.transformer, plan.source.name)
+        self.adapter = add_adapter(plan, model.transformer)
+        model.transformer.to(accelerator.device)
+        if plan.checkpointing:
+            model.transformer.enable_gradient_checkpointing()
+        model.transformer.train()
+        self.optimizer = torch.optim.AdamW(
+            self.adapter.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=_DECAY,
+            fused=accelerator.device.type == "cuda",
+        )  # fmt: skip
+        self._moments = {name: _moments(self.optimizer, value) for name, value in self.adapter.items()}
+        self._orders: dict[int, list[int]] = {}
+
+    def run(self, on_progress: OnProgress) -> Path:
+        """All steps that are left, then the LoRA's file."""
+        plan = self.plan
+        start = self.checkpoints.load_last(self._state())
+        for moments in self._moments.values():
+            moments["step"].fill_(float(start))
+        main = self.accelerator.is_main_process
+        wrapped = self.model.transformer
+        if self.accelerator.num_processes > 1:
+            wrapped = self.accelerator.prepare_model(wrapped)
+        on_progress(Progress("training", start, plan.steps))
+        with self.masked(), Log(plan.out / "log.csv", start) if main else nullcontext() as log:
+            for step in range(start, plan.steps):
+                began = time.perf_counter()
+                loss, norm = self.step(step, wrapped)
+                if not math.isfinite(loss + norm):  # the norm is the same in all processes
+                    raise BadRequestError(
+                        f"the loss is {loss} and its gradient {norm} at step {step}; give a lower "
+                        "--learning-rate and another --out"
+                    )
+                done = step + 1
+                if log is not None:
+                    log.add(done, loss, self.rate(step), norm, time.perf_counter() - began)
+                if main and (done % plan.checkpoint_every == 0 or done == plan.steps):
+                    self.checkpoints.save(done, self._state())
+                on_progress(Progress("training", done, plan.steps, loss))
+        if main:
+            write(plan.lora_path, self.weights(), self.described())
+        self.accelerator.wait_for_everyone()
+        return plan.lora_path
+
+    def masked(self) -> AbstractContextManager[Any]:
+        """The transformer under the plan's mask; there are no steps in training, so all are sparse."""
+        if self.plan.mask is None:
+            return nullcontext()
+        sparse = RadialAttnProcessor(**self.plan.mask, dense_steps=0, dense_last_steps=0)
+        return diffctrl.apply(self.model.transformer, sparse)
+
+    def step(self, step: int, wrapped: Any) -> tuple[float, float]:
+        """One update; returns (mean loss of this process, norm of the gradients before they are clipped)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(self.plan.accumulate):
+            last = part + 1 == self.plan.accumulate
+            with nullcontext() if last else self.accelerator.no_sync(wrapped):
+                loss = self.loss(step, part, wrapped) / self.plan.accumulate
+                loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(list(self.adapter.values()), _CLIP_NORM)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        self.optimizer.step()
+        return total.item(), norm.item()
+
+    def loss(self, step: int, part: int, wrapped: Any) -> Tensor:
+        """The base model's objective on one batch: mean square of the error of the velocity e - x_0."""
+        plan, rank = self.plan, self.accelerator.process_index
+        world = self.accelerator.num_processes
+        first = ((step * plan.accumulate + part) * world + rank) * plan.batch
+        places = range(first, first + plan.batch)
+        # Of each sample by its place, on the CPU: the same noise in any batch, on any number of devices.
+        draws = [torch.Generator().manual_seed(_mixed(plan.seed, place)) for place in places]
+        left_out = [float(torch.rand((), generator=draw)) < plan.empty_share for draw in draws]
+        clean, text = self.clips.batch([self._clip(place) for place in places], left_out)
+        if plan.sampling == "uniform":
+            level = torch.stack([torch.rand((), generator=draw) for draw in draws])
+        else:
+            level = torch.stack([torch.randn((), generator=draw).sigmoid() for draw in draws])
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws])
+        level = self.model.shift * level / (1 + (self.model.shift - 1) * level)
+        device = self.accelerator.device
+        clean, noise, level = (value.to(device).float() for value in (clean, noise, level))
+        text = {name: value.to(device) for name, value in text.items()}
+        noisy = torch.lerp(clean, noise, level[:, None, None, None, None])
+        found = self.model.call(wrapped, noisy, level, text)
+        return (found.float() - (noise - clean)).square().mean()
+
+    def rate(self, step: int) -> float:
+        """The learning rate: a linear warm-up, then half a cosine down to zero."""
+        plan = self.plan
+        part = max(0.0, (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps))
+        warm = min(1.0, (step + 1) / max(1, plan.warmup_steps))
+        return plan.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * part))
+
+    def weights(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Path of each adapted layer -> (A, B)."""
+        layers = {path: self.model.transformer.get_submodule(path) for path in self.plan.targets}
+        return {path: (x.lora_A[ADAPTER].weight, x.lora_B[ADAPTER].weight) for path, x in layers.items()}
+
+    def described(self) -> LengthLoRA:
+        """What the file says of this training."""
+        plan = self.plan
+        names = ("steps", "learning_rate", "warmup_steps", "batch", "accumulate", "empty_share", "sampling",
+                 "seed", "dtype")  # fmt: skip
+        training = {name: getattr(plan, name) for name in names} | {
+            "processes": self.accelerator.num_processes,
+            "data": plan.clips.identity(),
+            "size": [plan.clips.height, plan.clips.width],
+            "versions": environment.versions(),
+        }
+        return LengthLoRA(
+            method=plan.method,
+            rank=plan.rank,
+            lora_alpha=plan.lora_alpha,
+            frames=(plan.frames, plan.frames),
+            latent_frames=(plan.latent_frames, plan.latent_frames),
+            radial=plan.mask,
+            base=self.base,
+            training=training,
+        )
+
+    def _clip(self, place: int) -> int:
+        """The clip at a place of the endless sequence: each epoch has all of them in an order of its own."""
+        epoch, index = divmod(place, len(self.clips))
+        if epoch not in self._orders:
+            draw = torch.Generator().manual_seed(_mixed(self.plan.seed, -1 - epoch))
+            order = torch.randperm(len(self.clips), generator=draw).tolist()
+            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
+        return self._orders[epoch][index]
+
+    def _state(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {f"lora.{name}": value for name, value in self.adapter.items()}
+        for name, moments in self._moments.items():
+            tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        return tensors
+
+
+def add_adapter(plan: TrainPlan, transformer: Any) -> dict[str, nn.Parameter]:
+    """Put a new adapter on a frozen transformer; returns its parameters, float32, by name.
+
+    The update starts at zero: A is random by the plan's seed alone, B is zero.
+    """
+    from peft import LoraConfig
+
+    transformer.requires_grad_(False)
+    # peft annotates alpha as a whole number and divides it by the rank.
+    config: Any = LoraConfig(r=plan.rank, target_modules=list(plan.targets))
+    config.lora_alpha = plan.lora_alpha
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        transformer.add_adapter(config, adapter_name=ADAPTER)
+    found = {name: value for name, value in transformer.named_parameters() if value.requires_grad}
+    for value in found.values():
+        value.data = value.data.float()
+    return found
+
+
+def _moments(optimizer: torch.optim.AdamW, value: nn.Parameter) -> dict[str, Tensor]:
+    """AdamW's state of a parameter, made before the first step so that a checkpoint can fill it."""
+    fused = value.device.type == "cuda"
+    optimizer.state[value] = {
+        "step": torch.zeros((), device=value.device if fused else "cpu"),
+        "exp_avg": torch.zeros_like(value),
+        "exp_avg_sq": torch.zeros_like(value),
+    }
+    return optimizer.state[value]
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed of its own for each (seed, number)."""
+    return (seed * 0x9E3779B97F4A7C15 + number * 0xC2B2AE3D27D4EB4F + 0x165667B1) % 2**63

@@ -1,0 +1,431 @@
+"""Training a length LoRA: its gradients, that it learns, that a killed training ends at the same weights."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+import diffctrl
+from diffctrl.errors import BadRequestError
+from diffctrl.families import Call, Site
+from diffctrl.length import read
+from diffctrl.lengthening import plan as planning
+from diffctrl.lengthening.checkpoints import Checkpoints
+from diffctrl.lengthening.encoded import EncodedClips
+from diffctrl.lengthening.plan import TrainPlan, TrainRequest
+from diffctrl.lengthening.train import Progress, Training, train
+from diffctrl.pipelines.length import load_length_lora
+from diffctrl.processors import RadialAttnProcessor, RadialConfig
+from diffctrl.radial import Layout, block_grid
+from tests.length.hunyuan import hunyuan
+from tests.length.models import latents, save, wan
+
+torch.set_num_threads(1)
+
+# Blocks of 16 tokens are one latent frame of 32 x 32 pixels.
+SETTINGS = (("block", "16"),)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("models") / "tiny-wan")
+
+
+def plan_of(out: Path, folder: Path, **changes: Any) -> TrainPlan:
+    fields: dict[str, Any] = {
+        "out": out, "model": str(folder), "frames": 33, "clips": 5, "settings": SETTINGS, "rank": 4,
+        "steps": 8, "batch": 2, "learning_rate": 1e-3, "warmup_steps": 2, "checkpoint_every": 3,
+        "device": "cpu",
+    }  # fmt: skip
+    return planning.make(TrainRequest(**{**fields, **changes}))
+
+
+def training(plan: TrainPlan) -> Training:
+    """Before the first step, with the clips encoded."""
+    from accelerate import Accelerator
+
+    clips = EncodedClips(plan)
+    pipe = plan.source.load(torch.float32)
+    velocity = plan.kind.velocity_model()(pipe, plan.max_sequence_length)
+    clips.encode(velocity, clips.missing(), torch.device("cpu"))
+    checkpoints = Checkpoints(plan.out / "checkpoints", plan.identity(), plan.keep)
+    return Training(plan, clips, velocity, Accelerator(cpu=True), checkpoints)
+
+
+# --- gradients ----------------------------------------------------------------------------------------------
+
+
+class Written(RadialAttnProcessor):
+    """The sparse attention by scaled_dot_product_attention, with the mask written out."""
+
+    def transform_output(self, site: Site, call: Call, output: Tensor) -> Tensor:
+        if site.mask is None:
+            return output
+        frames, rows, columns = site.context.grid()
+        text = (site.context.info.text_length or 0) if site.kind == "joint" else 0
+        made, _ = self.resolved(site.family.name, frames)
+        blocks = torch.from_numpy(block_grid(made, Layout(frames=frames, tokens=rows * columns, text=text)))
+        mask = blocks.repeat_interleave(made.block, 0).repeat_interleave(made.block, 1)
+        mask = mask[: call.query.shape[1], : call.query.shape[1]]
+        assert 0 < mask.float().mean() < 1
+        q, k, v = (part.transpose(1, 2) for part in (call.query, call.key, call.value))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def gradients(run: Training, processor: RadialAttnProcessor) -> dict[str, Tensor]:
+    with diffctrl.apply(run.model.transformer, processor):
+        run.loss(0, 0, run.model.transformer).backward()
+    found = {name: value.grad.clone() for name, value in run.adapter.items()}
+    run.optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_gradients_are_those_of_the_mask_written_out(
+    model: Path, tmp_path: Path, checkpointing: bool
+) -> None:
+    run = training(plan_of(tmp_path, model, checkpointing=checkpointing))
+    for value in run.adapter.values():  # B starts at zero, where A has no gradient
+        torch.nn.init.normal_(value, std=0.2, generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = {**(run.plan.mask or {}), "dense_steps": 0, "dense_last_steps": 0}
+    wanted = gradients(run, Written(**settings))
+    found = gradients(run, RadialAttnProcessor(**settings))
+    dense = gradients(run, RadialAttnProcessor(dense_fraction=1.0))
+    scale = max(float(value.abs().max()) for value in wanted.values())
+    assert len(wanted) == 2 * len(run.plan.targets) == 24
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+    # The planted fault: a dense backward is far off.
+    assert max(float((dense[n] - wanted[n]).abs().max()) for n in wanted) > 1e-3 * scale
+
+
+def test_only_the_adapter_is_trained_and_starts_at_nothing(model: Path, tmp_path: Path) -> None:
+    run = training(plan_of(tmp_path, model))
+    trained = [name for name, value in run.model.transformer.named_parameters() if value.requires_grad]
+    assert {name.split(".lora_")[0].rpartition("attn1.")[2] for name in trained} == {
+        "to_q", "to_k", "to_v", "to_out.0",
+    }  # fmt: skip
+    assert sorted(trained) == sorted(run.adapter)
+    untouched = {n: v.clone() for n, v in run.model.transformer.state_dict().items() if ".lora_" not in n}
+    run.model.transformer.eval()
+    found = latents(run.model.pipe)
+    run.model.transformer.disable_adapters()
+    assert torch.equal(found, latents(run.model.pipe))
+    run.model.transformer.enable_adapters()
+    with run.masked():
+        run.step(0, run.model.transformer)
+    state = run.model.transformer.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in untouched.items())
+
+
+# --- learning -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["radial", "dense"])
+def test_twenty_steps_lower_the_loss(model: Path, tmp_path: Path, method: str) -> None:
+    settings = SETTINGS if method == "radial" else ()
+    plan = plan_of(
+        tmp_path, model, method=method, settings=settings, steps=20, clips=2, learning_rate=3e-2,
+        empty_share=0.0,
+    )  # fmt: skip
+    run = training(plan)
+    wrapped = run.model.transformer
+
+    @torch.no_grad()
+    def loss() -> float:  # always of the same noise
+        return sum(float(run.loss(step, 0, wrapped)) for step in range(4))
+
+    with run.masked():
+        before = loss()
+    path = run.run(lambda progress: None)
+    with run.masked():
+        after = loss()
+    assert after < 0.95 * before
+    lora = read(path)
+    assert (lora.method, lora.frames, lora.latent_frames) == (method, (33, 33), (17, 17))
+    assert lora.training["steps"] == 20
+    if method == "radial":
+        assert lora.mask == RadialConfig(
+            block_rule="hybrid", decay_factor=1.0, sink=True, block=16, dense_blocks=2
+        )
+
+
+def test_the_file_is_what_was_trained(model: Path, tmp_path: Path) -> None:
+    """The transformer in training, mask and adapter on, against the file on a fresh pipeline."""
+    run = training(plan_of(tmp_path, model, learning_rate=3e-2, lora_alpha=2.0))
+    path = run.run(lambda progress: None)
+    run.model.transformer.eval()
+    fresh = wan()
+    with run.masked():
+        wanted = latents(run.model.pipe, frames=33)
+    with load_length_lora(fresh, path, dense_steps=0, dense_last_steps=0):
+        found = latents(fresh, frames=33)
+    # float16 in the file.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-2 * float(wanted.abs().max()))
+    assert (latents(wan(), frames=33) - wanted).abs().max() > 0.05 * wanted.abs().max()
+
+
+def test_hunyuan_video_trains_its_texts_projections_too(tmp_path: Path) -> None:
+    hunyuan().save_pretrained(tmp_path / "model")
+    data = tmp_path / "data"
+    write_clips(data, 1, frames=37)
+    plan = plan_of(tmp_path / "out", tmp_path / "model", data=data, steps=2, batch=1, height=32, width=32)
+    assert sum("add_" in name for name in plan.targets) == 2 * 4  # of both double blocks
+    lora = read(train(plan))
+    assert lora.base.class_name == "HunyuanVideoTransformer3DModel"
+    pipe = hunyuan()
+    with load_length_lora(pipe, plan.lora_path, dense_steps=0, dense_last_steps=0) as control:
+        pipe("a red circle", height=32, width=32, num_frames=33, num_inference_steps=2, output_type="latent")
+        (stats,) = control.stats().values()
+    assert stats["masked_forwards"] == 2
+    fewer = plan_of(tmp_path / "b", tmp_path / "model", data=data, added=False, batch=1, height=32, width=32)
+    assert not any("add_" in name for name in fewer.targets)
+
+
+# --- killed trainings ---------------------------------------------------------------------------------------
+
+
+def steps_of(path: Path) -> list[int]:
+    with path.open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def test_a_killed_training_ends_at_the_same_weights(model: Path, tmp_path: Path) -> None:
+    whole = train(plan_of(tmp_path / "whole", model, accumulate=2))
+    command = [
+        sys.executable, "-m", "diffctrl", "train-length-lora", "--model", model, "--out", tmp_path / "killed",
+        "--frames", 33, "--clips", 5, "--set", "block=16", "--rank", 4, "--steps", 8, "--batch", 2,
+        "--learning-rate", 1e-3, "--warmup-steps", 2, "--checkpoint-every", 3, "--device", "cpu",
+        "--accumulate", 2,
+    ]  # fmt: skip
+    log = tmp_path / "killed" / "log.csv"
+    process = subprocess.Popen([str(word) for word in command], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 60
+        while not (log.is_file() and len(steps_of(log)) >= 4) and time.monotonic() < until:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.wait()
+    assert process.returncode == -signal.SIGKILL  # not done before it was killed
+    assert not (tmp_path / "killed" / whole.name).exists()
+    started: list[int] = []
+    plan = plan_of(tmp_path / "killed", model, accumulate=2)
+    train(plan, lambda now: started.append(now.done) if now.stage == "training" else None)
+    assert started[0] in (3, 6)
+    assert same(load_file(plan.lora_path), load_file(whole))
+    assert steps_of(log) == list(range(1, 9))
+    left = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert left == ["step-00000006.safetensors", "step-00000008.safetensors"]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step: int) -> Any:
+    def on_progress(now: Progress) -> None:
+        if now.stage == "training" and now.done == step:
+            raise Stopped
+
+    return on_progress
+
+
+def test_a_broken_checkpoint_is_passed_over(model: Path, tmp_path: Path, caplog: Any) -> None:
+    whole = train(plan_of(tmp_path / "whole", model))
+    plan = plan_of(tmp_path / "broken", model)
+    with pytest.raises(Stopped):
+        train(plan, stop_at(7))
+    newest = tmp_path / "broken" / "checkpoints" / "step-00000006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    train(plan)
+    assert "cannot be read; going on from the one before it" in caplog.text
+    assert same(load_file(plan.lora_path), load_file(whole))
+
+
+def test_a_run_stopped_while_encoding_goes_on(model: Path, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, model, clips=20)
+
+    def stop(now: Progress) -> None:
+        if now.stage == "encoding":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(plan, stop)
+    clips = EncodedClips(plan)
+    assert clips.missing() == [1]
+    seen: list[Progress] = []
+    train(replace(plan, steps=1), seen.append)
+    assert [now.done for now in seen if now.stage == "encoding"] == [1]
+    # Encoded clips need no encoders: they are not loaded again.
+    assert clips.complete
+
+
+def test_other_options_are_refused_before_anything_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    train(plan_of(tmp_path, model, steps=1))
+    monkeypatch.setattr(type(plan_of(tmp_path, model).source), "load", None)
+    with pytest.raises(BadRequestError, match=r"has steps 1 \(not 8\); go on with the same options"):
+        train(plan_of(tmp_path, model))
+    with pytest.raises(BadRequestError, match=r"clips.*were made with|has data"):
+        train(plan_of(tmp_path, model, clips=6, steps=1))
+
+
+def test_a_loss_that_is_not_finite_stops(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Training, "loss", lambda self, *a: sum(v.sum() for v in self.adapter.values()) * 1e39)
+    with pytest.raises(BadRequestError, match="give a lower --learning-rate"):
+        train(plan_of(tmp_path, model))
+    assert not (tmp_path / "length-lora.safetensors").exists()
+
+
+# --- clips and refusals -------------------------------------------------------------------------------------
+
+
+def write_clips(folder: Path, count: int, *, frames: int = 33, size: tuple[int, int] = (32, 48)) -> None:
+    import av
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        with av.open(str(folder / f"{number}.mp4"), "w") as file:
+            stream: Any = file.add_stream("libx264", rate=16)
+            stream.height, stream.width = size
+            stream.pix_fmt = "yuv420p"
+            for index in range(frames):
+                picture = np.full((*size, 3), 10 + 5 * index, np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            file.mux(stream.encode())
+        (folder / f"{number}.txt").write_text(f"clip  number\n{number}")
+
+
+def test_clips_of_a_folder_are_cut_from_the_middle(model: Path, tmp_path: Path) -> None:
+    write_clips(tmp_path / "data", 2, frames=41)
+    plan = plan_of(tmp_path / "out", model, data=tmp_path / "data", batch=1)
+    assert plan.clips.captions(1) == ["clip number 1"]
+    pixels = plan.clips.pixels(0, torch.device("cpu"))
+    assert pixels.shape == (1, 33, 3, 32, 32)
+    shades = pixels.mean((0, 2, 3, 4)) * 255
+    assert shades[0] == pytest.approx(10 + 5 * 4, abs=4)
+    assert shades[-1] == pytest.approx(10 + 5 * 36, abs=4)
+    train(replace(plan, steps=1))
+    index = tmp_path / "data" / "metadata.jsonl"
+    index.write_text('{"file_name": "1.mp4", "text": "the second"}\n')
+    assert plan_of(tmp_path / "o", model, data=tmp_path / "data", batch=1).clips.captions(0) == ["the second"]
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        ("no json", r"line 1 is not"),
+        ('{"caption": "a"}', "line 1 is not"),
+        ('{"file_name": "../1.mp4", "caption": "a"}', "not in the folder"),
+        ('{"file_name": "0.mp4", "caption": " "}', "is empty"),
+        ("", "holds no clips"),
+    ],
+)
+def test_faulty_lists_of_clips(model: Path, tmp_path: Path, index: str, says: str) -> None:
+    write_clips(tmp_path / "data", 1)
+    write_clips(tmp_path, 2)
+    (tmp_path / "data" / "metadata.jsonl").write_text(index)
+    with pytest.raises(BadRequestError, match=says):
+        plan_of(tmp_path / "out", model, data=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"frames": 32}, "the nearest is 33"),
+        ({"frames": 35}, "multiples of 4 and one more"),
+        ({"height": 30}, "multiples of 16"),
+        ({"steps": 0}, "--steps 0 is out of range"),
+        ({"learning_rate": float("nan")}, "not a positive number"),
+        ({"empty_share": 1.0}, r"not in \[0, 1\)"),
+        ({"method": "ring"}, "not one of radial, dense"),
+        ({"method": "dense"}, "--method dense has none"),
+        ({"sampling": "cosine"}, "not one of logit-normal, uniform"),
+        ({"dtype": "float16"}, "no dtype to train in"),
+        ({"settings": (("dense_steps", "2"),)}, "there are no steps in training"),
+        ({"settings": (("dense_blocks", "3"),)}, "leaves none of the 3 blocks"),
+        ({"settings": (("blok", "3"),)}, "did you mean block?"),
+        ({"added": True}, "no projections of text"),
+        ({"batch": 3, "accumulate": 2}, "a step takes 6 clips, and there are 5"),
+        ({"data": Path("nowhere")}, "is no folder"),
+        ({"model": "shapes-wan2"}, "did you mean shapes-wan?"),
+        ({"model": "shapes-sd3"}, "is a StableDiffusion3Pipeline; length LoRAs are trained on WanPipeline"),
+        ({"device": "cuda:99"}, "no device"),
+    ],
+)
+def test_bad_requests(model: Path, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadRequestError, match=says):
+        plan_of(tmp_path / "out", model, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_captions_and_short_clips(model: Path, tmp_path: Path) -> None:
+    write_clips(tmp_path / "data", 2, frames=17)
+    with pytest.raises(BadRequestError, match=r"0.mp4, 1.mp4 in .* are shorter than --frames 33"):
+        plan_of(tmp_path / "out", model, data=tmp_path / "data")
+    (tmp_path / "data" / "1.txt").unlink()
+    with pytest.raises(BadRequestError, match="no 1.txt beside it"):
+        plan_of(tmp_path / "out", model, data=tmp_path / "data")
+
+
+def test_models_with_noise_schedules_of_their_own_are_refused(model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(
+        scheduler.read_text().replace('"use_dynamic_shifting": false', '"use_dynamic_shifting": true')
+    )
+    with pytest.raises(BadRequestError, match="shifts noise by the clip's size"):
+        plan_of(tmp_path / "out", folder)
+    scheduler.write_text('{"_class_name": "DDIMScheduler"}')
+    with pytest.raises(BadRequestError, match="none of flow matching"):
+        plan_of(tmp_path / "out", folder)
+
+
+def test_a_step_is_the_same_in_parts(model: Path, tmp_path: Path) -> None:
+    whole = train(plan_of(tmp_path / "a", model, steps=3, batch=4, sampling="uniform"))
+    parts = train(plan_of(tmp_path / "b", model, steps=3, batch=2, accumulate=2, sampling="uniform"))
+    close(load_file(parts), load_file(whole))
+
+
+def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=2e-2, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_step_is_the_same_in_two_processes(model: Path, tmp_path: Path) -> None:
+    whole = train(plan_of(tmp_path / "one", model, steps=3))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517, "-m",
+        "diffctrl", "train-length-lora", "--model", model, "--out", tmp_path / "two", "--frames", 33,
+        "--clips", 5, "--set", "block=16", "--rank", 4, "--steps", 3, "--learning-rate", 1e-3,
+        "--warmup-steps", 2, "--device", "cpu",
+    ]  # fmt: skip
+    subprocess.run([str(w) for w in command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    path = tmp_path / "two" / whole.name
+    assert read(path).training["processes"] == 2
+    close(load_file(path), load_file(whole))
