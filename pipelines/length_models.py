@@ -48,10 +48,15 @@ class VelocityModel(ABC):
     def embeddings(self, captions: list[str], device: torch.device) -> dict[str, Tensor]:
         """What the transformer gets of captions, by the names of its arguments; first axis B."""
 
-    def velocity(self, noisy: Tensor, level: Tensor, text: dict[str, Tensor]) -> Tensor:
-        """The transformer's prediction.
+    def trimmed(self, text: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Embeddings without the padding that none of the rows needs."""
+        return text
+
+    def call(self, model: Any, noisy: Tensor, level: Tensor, text: dict[str, Tensor]) -> Tensor:
+        """The prediction of e - x_0.
 
         Args:
+            model: the transformer, or what it was wrapped in for several processes.
             noisy: (B, C, F, h, w) float32.
             level: (B,) float32 noise levels in [0, 1].
             text: of `embeddings`.
@@ -59,10 +64,6 @@ class VelocityModel(ABC):
         Returns:
             (B, C, F, h, w).
         """
-        return self.call(self.transformer, noisy, level, text)
-
-    def call(self, model: Any, noisy: Tensor, level: Tensor, text: dict[str, Tensor]) -> Tensor:
-        """The same of the transformer as it was wrapped for several processes."""
         dtype = self.transformer.dtype
         arguments = {**text, **self.constants(len(noisy), noisy.device, dtype)}
         return model(
@@ -117,6 +118,11 @@ class HunyuanVelocity(VelocityModel):
             "encoder_attention_mask": mask,
             "pooled_projections": pooled,
         }
+
+    def trimmed(self, text: dict[str, Tensor]) -> dict[str, Tensor]:
+        longest = int(text["encoder_attention_mask"].sum(1).max())
+        padded = ("encoder_hidden_states", "encoder_attention_mask")
+        return text | {name: text[name][:, :longest] for name in padded}
 
     def constants(self, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self.transformer.config.guidance_embeds:

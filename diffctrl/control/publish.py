@@ -83,7 +83,7 @@ class Publisher:
         if lists is None:
             lists = reduce(and_, parts)
             if lengths is not None:
-                lists = replace(lists, n_valid=torch.tensor(lengths, dtype=torch.int32))
+                lists = replace(lists, n_valid=_valid(lengths, lists.lengths[1]))
         return self._kept(key, lists).on(info.device)
 
     def _valid_keys(self, context: Context, site: Site) -> Any:
@@ -98,14 +98,18 @@ class Publisher:
         key = (total, lengths)
         lists = self._masks.get(key)
         if lists is None:
-            n_valid = torch.tensor(lengths, dtype=torch.int32)
-            lists = BlockLists.full((_BLOCK, _BLOCK), (total, total), n_valid=n_valid)
+            lists = BlockLists.full((_BLOCK, _BLOCK), (total, total), n_valid=_valid(lengths, total))
         return self._kept(key, lists).on(info.device)
 
     def _kept(self, key: tuple, lists: BlockLists) -> BlockLists:
         self._masks[key] = lists
         self._masks.move_to_end(key)
         return lists
+
+
+def _valid(lengths: tuple[int, ...], total: int) -> torch.Tensor | None:
+    """Valid keys of each row, or None where all are: kernels without lengths are the faster ones."""
+    return None if min(lengths) == total else torch.tensor(lengths, dtype=torch.int32)
 
 
 def reads_lists(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +112,9 @@ class Training:
         self.plan, self.clips, self.model, self.accelerator = plan, clips, model, accelerator
         self.checkpoints = checkpoints
         self.base = base_of(model.transformer, plan.source.name)
-        self.adapter = add_adapter(plan, model.transformer)
+        self.adapter = add_adapter(
+            model.transformer, plan.targets, rank=plan.rank, lora_alpha=plan.lora_alpha, seed=plan.seed
+        )
         model.transformer.to(accelerator.device)
         if plan.checkpointing:
             model.transformer.enable_gradient_checkpointing()
@@ -156,11 +158,8 @@ class Training:
         return plan.lora_path
 
     def masked(self) -> AbstractContextManager[Any]:
-        """The transformer under the plan's mask; there are no steps in training, so all are sparse."""
-        if self.plan.mask is None:
-            return nullcontext()
-        sparse = RadialAttnProcessor(**self.plan.mask, dense_steps=0, dense_last_steps=0)
-        return diffctrl.apply(self.model.transformer, sparse)
+        """The transformer under the plan's mask, or dense by the best kernel of the device."""
+        return diffctrl.apply(self.model.transformer, processor(self.plan.mask))
 
     def step(self, step: int, wrapped: Any) -> tuple[float, float]:
         """One update; returns (mean loss of this process, norm of the gradients before they are clipped)."""
@@ -196,7 +195,7 @@ class Training:
         level = self.model.shift * level / (1 + (self.model.shift - 1) * level)
         device = self.accelerator.device
         clean, noise, level = (value.to(device).float() for value in (clean, noise, level))
-        text = {name: value.to(device) for name, value in text.items()}
+        text = {name: value.to(device) for name, value in self.model.trimmed(text).items()}
         noisy = torch.lerp(clean, noise, level[:, None, None, None, None])
         found = self.model.call(wrapped, noisy, level, text)
         return (found.float() - (noise - clean)).square().mean()
@@ -251,19 +250,28 @@ class Training:
         return tensors
 
 
-def add_adapter(plan: TrainPlan, transformer: Any) -> dict[str, nn.Parameter]:
+def processor(mask: Mapping[str, Any] | None) -> RadialAttnProcessor:
+    """What attention in training runs: there are no steps, so all are sparse, or with None all dense."""
+    if mask is None:
+        return RadialAttnProcessor(dense_fraction=1.0)
+    return RadialAttnProcessor(**mask, dense_steps=0, dense_last_steps=0)
+
+
+def add_adapter(
+    transformer: Any, targets: Sequence[str], *, rank: int, lora_alpha: float, seed: int
+) -> dict[str, nn.Parameter]:
     """Put a new adapter on a frozen transformer; returns its parameters, float32, by name.
 
-    The update starts at zero: A is random by the plan's seed alone, B is zero.
+    The update starts at zero: A is random by the seed alone, B is zero.
     """
     from peft import LoraConfig
 
     transformer.requires_grad_(False)
     # peft annotates alpha as a whole number and divides it by the rank.
-    config: Any = LoraConfig(r=plan.rank, target_modules=list(plan.targets))
-    config.lora_alpha = plan.lora_alpha
+    config: Any = LoraConfig(r=rank, target_modules=list(targets))
+    config.lora_alpha = lora_alpha
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed)
+        torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=ADAPTER)
     found = {name: value for name, value in transformer.named_parameters() if value.requires_grad}
     for value in found.values():

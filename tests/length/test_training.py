@@ -186,6 +186,17 @@ def test_hunyuan_video_trains_its_texts_projections_too(tmp_path: Path) -> None:
     assert sum("add_" in name for name in plan.targets) == 2 * 4  # of both double blocks
     lora = read(train(plan))
     assert lora.base.class_name == "HunyuanVideoTransformer3DModel"
+    run = training(plan)
+    clean, text = run.clips.batch([0, 0], [False, True])
+    noisy, level = clean.float(), torch.tensor([0.3, 0.7])
+    text["encoder_attention_mask"][0, 60:], text["encoder_attention_mask"][1, 100:] = 0, 0
+    cut = run.model.trimmed(text)
+    assert {name: value.shape[1] for name, value in cut.items()} == {
+        "encoder_hidden_states": 100, "encoder_attention_mask": 100, "pooled_projections": 8,
+    }  # fmt: skip
+    with run.masked(), torch.no_grad():
+        found, whole = (run.model.call(run.model.transformer, noisy, level, each) for each in (cut, text))
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
     pipe = hunyuan()
     with load_length_lora(pipe, plan.lora_path, dense_steps=0, dense_last_steps=0) as control:
         pipe("a red circle", height=32, width=32, num_frames=33, num_inference_steps=2, output_type="latent")
