@@ -42,15 +42,18 @@ def judged(videos: Tensor, suite: VideoSuite) -> dict[str, list[bool]]:
     "direction" is the motion of the objects that go left, right, up or down and no more.
     """
     found: dict[str, list[bool]] = {}
-    for video, facts in zip(videos, suite.facts, strict=True):
-        verdict = judge.check_clip(video, facts)
-        found.setdefault("exact", []).append(verdict.exact)
-        for name, flags in judge.clip_rates([verdict]).items():
-            found.setdefault(name, []).extend(flags)
-        for wanted, one in zip(facts.objects, verdict.objects, strict=True):
-            for name, belongs in _kinds(wanted.motion or "").items():
-                if belongs:
-                    found.setdefault(name, []).append(one["motion"])
+    for video, wanted in zip(videos, suite.facts, strict=True):
+        for name, right in named_facts(judge.check_clip(video, wanted), wanted):
+            found.setdefault(name, []).append(right)
+    return found
+
+
+def named_facts(verdict: judge.ClipVerdict, wanted: clips.ClipFacts) -> list[tuple[str, bool]]:
+    """(kind, right) of one clip, as `judged` counts; kinds and their order follow from `wanted` alone."""
+    found = [("exact", verdict.exact)]
+    found += [(name, flag) for name, flags in judge.clip_rates([verdict]).items() for flag in flags]
+    for one, seen in zip(wanted.objects, verdict.objects, strict=True):
+        found += [(name, seen["motion"]) for name, belongs in _kinds(one.motion or "").items() if belongs]
     return found
 
 

@@ -24,7 +24,7 @@ SAMPLINGS = ("logit-normal", "uniform")
 # Autoencoders take the frames after the first by fours, and would leave a remainder out.
 _ENCODED_TOGETHER = 4
 # The first two blocks stay dense: the best of 0, 1, 2 and 3 in the paper's ablation.
-_DENSE_BLOCKS = 2
+DENSE_BLOCKS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,7 +296,7 @@ def _mask(request: TrainRequest) -> dict[str, Any] | None:
     if steps:
         raise BadRequestError(f"--set {steps[0]}: there are no steps in training; it is for `generate`")
     pattern, dense = resolve(config, preset("wan", frames=1, tuned=True))
-    made = {**asdict(pattern), "dense_blocks": first(config.dense_blocks, _DENSE_BLOCKS)}
+    made = {**asdict(pattern), "dense_blocks": first(config.dense_blocks, DENSE_BLOCKS)}
     return {name: made[name] for name in MASK_FIELDS}
 
 

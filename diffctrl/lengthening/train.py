@@ -111,7 +111,9 @@ class Training:
     ) -> None:
         self.plan, self.clips, self.model, self.accelerator = plan, clips, model, accelerator
         self.checkpoints = checkpoints
-        self.base = base_of(model.transformer, plan.source.name)
+        source = plan.source  # a folder's name alone: the file is for others
+        given = source.folder is None or source.embedded
+        self.base = base_of(model.transformer, source.name if given else source.slug)
         self.adapter = add_adapter(
             model.transformer, plan.targets, rank=plan.rank, lora_alpha=plan.lora_alpha, seed=plan.seed
         )

@@ -1,0 +1,230 @@
+"""Measure length LoRAs on an embedded video model: what is left of a caption in clips four times as long?
+
+    python -m diffctrl.scripts.evaluate_length --radial runs/radial --dense runs/dense \\
+        --out docs/results/length.json
+
+Five ways, on unseen captions with the same noise: the base model with dense attention; the base model under
+the radial mask, without a LoRA; a LoRA trained under that mask; a LoRA of equal steps trained with dense
+attention; short clips of the model's own length, joined. Direction is the share of moves to the left, right,
+up or down that the judge reads back; reappearance the share of objects that come out from behind the wall
+unchanged; drift the change of colour and size from the first to the last third. `--quick` trains and measures
+a tiny random model on a CPU, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffctrl.drawing.source import ModelSource
+from diffctrl.errors import BadRequestError
+from diffctrl.length import LengthLoRA, read
+from diffctrl.pipelines.length import find
+from diffctrl.scripts.bench.harness import Figure, print_table, write_report
+from diffctrl.scripts.evaluation_image import share
+from diffctrl.scripts.evaluation_length import Condition, Drawn, Studio, bootstrapped, paired
+from diffctrl.scripts.evaluation_video import video_suite
+
+TOPIC = "length"
+BASE, MASKED, RADIAL, DENSE = "base, dense", "base, radial", "radial LoRA", "dense LoRA"
+_SEEDS = {"all forms": 63_000, "behind the wall": 64_000}
+_APART = 0.1  # points between two intervals that lie apart
+_CLOSE = 2.0  # points that the radial LoRA may be behind the dense one
+
+
+def main(arguments: list[str] | None = None) -> list[Figure]:
+    """Entry point; `arguments` as on the command line. Returns the figures."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if options.quick:
+                _make_quick(options, Path(folder))
+            return _measure(options)
+    except BadRequestError as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="shapes-wan", help="embedded video model, or a folder like it")
+    parser.add_argument("--radial", default="length-4x", help="LoRA trained under the mask: name or file")
+    parser.add_argument("--dense", help="LoRA of equal steps trained with dense attention; left out without")
+    parser.add_argument("--frames", type=int, default=129)
+    parser.add_argument("--n", type=int, default=200, help="clips of all forms")
+    parser.add_argument("--walls", type=int, default=200, help="clips behind the wall, on top")
+    parser.add_argument("--steps", type=int, help="denoising steps; default as recommended")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default as recommended")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--workers", type=int, help="processes that read; default: beside a GPU one per core")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny random model and a clip or two: does it run?"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file of the figures")
+    return parser
+
+
+def _make_quick(options: argparse.Namespace, folder: Path) -> None:
+    """A tiny model with random weights, and LoRAs of two steps for it."""
+    from diffctrl.lengthening.plan import TrainRequest, make
+    from diffctrl.lengthening.train import train
+    from diffctrl.scripts.training_video_vae import SMOKE_SIZE
+    from diffctrl.zoo.video import VIDEO_TOKENS, video_parts, video_pipeline
+
+    model = folder / "tiny-wan"
+    video_pipeline(video_parts(replace(SMOKE_SIZE, layers=3))).save_pretrained(model)
+    call = {"height": 32, "width": 32, "num_frames": 17, "num_inference_steps": 3, "guidance_scale": 2.0}
+    (model / "diffctrl.json").write_text(json.dumps({"call": {**call, "max_sequence_length": VIDEO_TOKENS}}))
+    for method in ("radial", "dense"):
+        request = TrainRequest(
+            out=folder / method,
+            model=str(model),
+            frames=33,
+            clips=2,
+            steps=2,
+            rank=4,
+            method=method,
+            settings=(("block", "16"),) if method == "radial" else (),
+            device="cpu",
+        )
+        setattr(options, method, str(train(make(request))))
+    options.model, options.frames, options.device = str(model), 33, "cpu"
+    options.n, options.walls, options.batch, options.workers = 1, 1, 2, 0
+
+
+def _measure(options: argparse.Namespace) -> list[Figure]:
+    began = time.monotonic()
+    source = ModelSource.find(options.model)
+    call = source.recommended()
+    if not call:
+        raise BadRequestError(
+            f"{options.model} is none of the package's video models: it has no diffctrl.json"
+        )
+    conditions, loras = _conditions(options, int(call["num_frames"]))
+    call |= {"num_frames": options.frames}
+    if options.steps is not None:
+        call["num_inference_steps"] = options.steps
+    if options.guidance is not None:
+        call["guidance_scale"] = options.guidance
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    workers = (
+        options.workers if options.workers is not None else (0 if device == "cpu" else os.cpu_count() or 1)
+    )
+    pipe = source.load({"default": getattr(torch, options.dtype), "vae": torch.float32}).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    figures: list[Figure] = []
+    with Studio(pipe, call, options.batch, workers) as studio:
+        for (name, seed), forms in zip(_SEEDS.items(), (None, ("wall",)), strict=True):
+            count = options.n if forms is None else options.walls
+            if not count:
+                continue
+            suite = video_suite(count, seed=seed, frames=options.frames, forms=forms)
+            drawn = [studio.draw(condition, suite, seed) for condition in conditions]
+            figures += _figures(name, drawn)
+            extra = {"call": call, "dtype": options.dtype, "loras": loras}
+            write_report(options.out, TOPIC, figures, seeds=list(_SEEDS.values()), **extra)
+            print(f"{name}: done after {time.monotonic() - began:.0f} s", flush=True)
+    print_table(["figure", "value", "95 % interval", "bar", "holds", "note"], [_row(f) for f in figures])
+    return figures
+
+
+def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition], dict[str, Any]]:
+    """The ways to make a long clip, and what the LoRAs say of themselves.
+
+    Args:
+        own: frames of the clips that the model was made for.
+
+    Raises:
+        BadRequestError: a LoRA is not there or not of its kind, or the two are not of equal steps.
+    """
+    paths = {"radial": find(options.radial)} | ({"dense": find(options.dense)} if options.dense else {})
+    loras: dict[str, LengthLoRA] = {method: read(path) for method, path in paths.items()}
+    for method, lora in loras.items():
+        if lora.method != method:
+            raise BadRequestError(f"--{method} {paths[method]} was trained with {lora.method} attention")
+    if (
+        len({(lora.training.get("steps"), lora.training.get("batch"), lora.rank) for lora in loras.values()})
+        > 1
+    ):
+        raise BadRequestError("the two LoRAs are not of equal steps, batch and rank")
+    pieces = math.ceil(options.frames / own)
+    conditions = [
+        Condition(name=BASE),
+        Condition(name=MASKED, mask=loras["radial"].mask),
+        Condition(name=RADIAL, lora=paths["radial"], mask=loras["radial"].mask),
+        *([Condition(name=DENSE, lora=paths["dense"])] if "dense" in paths else []),
+        Condition(name=f"{pieces} short clips", short=own),
+    ]
+    said = {name: {"summary": lora.summary(), **lora.training} for name, lora in loras.items()}
+    return conditions, said
+
+
+def _figures(suite: str, drawn: Sequence[Drawn]) -> list[Figure]:
+    """Shares and drifts of every condition, then what the claims are about."""
+    figures = []
+    main_kind = "reappears" if suite == "behind the wall" else "direction"
+    for kind in sorted({name for one in drawn for clip in one.reads for name, _ in clip.facts}):
+        for one in drawn:
+            value, low, high, count = share(one.flags(kind))
+            note = f"{count} facts" + ("" if one.density is None else f", density {one.density:.3f}")
+            figures.append(Figure(f"{suite}: {kind}: {one.condition.name}", value, low, high, "%", note=note))
+    for drift in ("colour_drift", "size_drift"):
+        for one in drawn:
+            known = [v for clip in one.reads if not math.isnan(v := getattr(clip, drift))]
+            if known:
+                value, low, high = bootstrapped(known)
+                note = f"{len(known)} of {len(one.reads)} clips can be told"
+                name = f"{suite}: {drift.replace('_', ' ')}: {one.condition.name}"
+                figures.append(Figure(name, value, low, high, note=note))
+    return figures + _claims(suite, main_kind, {one.condition.name: one for one in drawn})
+
+
+def _claims(suite: str, kind: str, drawn: dict[str, Drawn]) -> list[Figure]:
+    """Paired differences, and the two bars: apart from the base model, close to the dense LoRA."""
+    figures = []
+    radial = drawn[RADIAL]
+    for name, other in drawn.items():
+        if name == RADIAL or not radial.flags(kind):
+            continue
+        value, low, high = (100 * x for x in paired(radial.flags(kind), other.flags(kind)))
+        bar = -_CLOSE if name == DENSE else None
+        figures.append(
+            Figure(f"{suite}: {kind}: {RADIAL} minus {name}", value, low, high, "points", bar,
+                   note="paired: the same captions and noise")
+        )  # fmt: skip
+        if name == BASE:
+            gap = share(radial.flags(kind))[1] - share(other.flags(kind))[2]
+            note = "lower end of the first's 95 % interval minus the upper end of the second's"
+            room = f"{suite}: {kind}: room between the intervals of {RADIAL} and {name}"
+            figures.append(Figure(room, gap, unit="points", bar=_APART, note=note))
+    for drift in ("colour_drift", "size_drift"):
+        value, low, high = paired(*([getattr(r, drift) for r in drawn[n].reads] for n in (RADIAL, BASE)))
+        if not math.isnan(value):
+            name = f"{suite}: {drift.replace('_', ' ')}: {RADIAL} minus {BASE}"
+            figures.append(Figure(name, value, low, high, note="paired"))
+    return figures
+
+
+def _row(figure: Figure) -> list[str]:
+    interval = "" if figure.low is None else f"[{figure.low:.3g}, {figure.high:.3g}]"
+    holds = {None: "", True: "yes", False: "NO"}[figure.as_dict()["holds"]]
+    bar = "" if figure.bar is None else f"{figure.compare} {figure.bar:g}"
+    return [figure.name, f"{figure.value:.3g} {figure.unit}", interval, bar, holds, figure.note]
+
+
+if __name__ == "__main__":
+    main()

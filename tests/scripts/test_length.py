@@ -1,0 +1,105 @@
+"""The evaluation of length LoRAs: what it counts, its claims, and that it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffctrl.scripts import evaluate_length
+from diffctrl.scripts.bench import length as bench_length
+from diffctrl.scripts.bench.forwards import Times
+from diffctrl.scripts.evaluate_length import BASE, DENSE, MASKED, RADIAL, _figures
+from diffctrl.scripts.evaluation_length import ClipRead, Condition, Drawn, bootstrapped, paired, read
+from diffctrl.scripts.evaluation_video import judged, video_suite
+from diffctrl.zoo import clips
+
+
+def drawn(name: str, right: list[bool], drift: float = 0.1) -> Drawn:
+    reads = [ClipRead((("direction", flag),), drift, math.nan) for flag in right]
+    return Drawn(Condition(name=name), reads)
+
+
+def test_the_claims_hold_where_they_do() -> None:
+    good, bad = [True] * 95 + [False] * 5, [False] * 60 + [True] * 40
+    made = [
+        drawn(BASE, bad, 0.3),
+        drawn(MASKED, bad),
+        drawn(RADIAL, good),
+        drawn(DENSE, [True] * 96 + good[96:]),
+    ]
+    found = {figure.name: figure.as_dict() for figure in _figures("all forms", made)}
+    apart = found[f"all forms: direction: room between the intervals of {RADIAL} and {BASE}"]
+    close = found[f"all forms: direction: {RADIAL} minus {DENSE}"]
+    assert (apart["holds"], close["holds"], close["value"]) == (True, True, pytest.approx(-1))
+    assert found[f"all forms: colour drift: {RADIAL} minus {BASE}"]["value"] == pytest.approx(-0.2)
+    assert not any("size drift" in name for name in found)  # none could be told
+    worse = [drawn(BASE, bad), drawn(RADIAL, bad), drawn(DENSE, good)]
+    claims = [f.as_dict()["holds"] for f in _figures("all forms", worse) if f.bar is not None]
+    assert claims == [False, False]
+
+
+def test_paired_intervals_leave_out_what_cannot_be_told() -> None:
+    assert paired([1.0, math.nan, 3.0], [0.0, 1.0, 2.0]) == (1.0, 1.0, 1.0)
+    assert all(math.isnan(value) for value in bootstrapped([]))
+    value, low, high = bootstrapped([0.0, 1.0] * 50)
+    assert value == 0.5
+    assert low == pytest.approx(0.4, abs=0.02)
+    assert high == pytest.approx(0.6, abs=0.02)
+
+
+def test_clips_are_read_as_the_models_own_evaluation_reads_them() -> None:
+    suite = video_suite(2, seed=3, forms=("wall",))
+    videos = clips.render(suite.scenes, 64)[0]
+    reads = [
+        read((video * 255).round().byte().numpy(), wanted)
+        for video, wanted in zip(videos, suite.facts, strict=True)
+    ]
+    whole = judged(videos, suite)
+    for kind, flags in whole.items():
+        assert [right for one in reads for name, right in one.facts if name == kind] == flags
+    assert whole["reappears"] == [True, True]
+    assert all(one.colour_drift < 0.05 and one.size_drift < 0.05 for one in reads)
+    assert read(np.zeros((17, 3, 32, 32), np.uint8), suite.facts[0]).facts[0] == ("exact", False)
+
+
+def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
+    evaluate_length.main(["--quick", "--out", str(tmp_path / "length.json")])
+    found = json.loads((tmp_path / "length.json").read_text())
+    names = [figure["name"] for figure in found["figures"]]
+    for condition in (BASE, MASKED, RADIAL, DENSE, "2 short clips"):
+        assert f"behind the wall: reappears: {condition}" in names
+    sparse = next(f for f in found["figures"] if f["name"] == f"all forms: exact: {RADIAL}")
+    assert "density 0.9" in sparse["note"]
+    assert found["loras"]["radial"]["steps"] == 2
+    assert str(tmp_path.parent) not in json.dumps(found["loras"])
+
+
+def test_without_weights_or_loras_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    from diffctrl.zoo import registry
+
+    if registry.is_here("shapes-wan"):
+        pytest.skip("the weights are here")
+    with pytest.raises(SystemExit):
+        evaluate_length.main([])
+    assert "scripts/train_zoo_video.py trains" in capsys.readouterr().err
+
+
+def test_the_benchmark_runs_and_adds_up(tmp_path: Path) -> None:
+    bench_length.main(["--dry-run", "--part", "hunyuan4x", "--out", str(tmp_path / "a.json")])
+    found = json.loads((tmp_path / "a.json").read_text())["figures"]
+    assert [figure["name"] for figure in found] == [
+        "hunyuan4x: training step, dense",
+        "hunyuan4x: training step, radial",
+        "hunyuan4x: training step, speed-up of radial",
+    ]
+    assert "density 0." in found[2]["note"]
+    # One second for each block and one besides; under the mask half, but for the first two blocks.
+    dense = {"one": Times([3.0] * 3, 0), "a": Times([4.0] * 3, 0), "b": Times([4.0] * 3, 0)}
+    radial = {"one": Times([2.0] * 3, 0), "a": Times([2.5] * 3, 0), "b": Times([2.5] * 3, 0)}
+    counts = {"a": 20, "b": 40}
+    assert bench_length.whole({"dense": dense, "radial": radial}, counts, sparse=False).median == 61.0
+    assert bench_length.whole({"dense": dense, "radial": radial}, counts, sparse=True).median == 32.0
