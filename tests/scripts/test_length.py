@@ -89,12 +89,12 @@ def test_without_weights_or_loras_it_says_what_to_do(capsys: pytest.CaptureFixtu
 
 
 def test_the_benchmark_runs_and_adds_up(tmp_path: Path) -> None:
-    bench_length.main(["--dry-run", "--part", "hunyuan4x", "--out", str(tmp_path / "a.json")])
+    bench_length.main(["--dry-run", "--part", "wan", "--out", str(tmp_path / "a.json")])
     found = json.loads((tmp_path / "a.json").read_text())["figures"]
     assert [figure["name"] for figure in found] == [
-        "hunyuan4x: training step, dense",
-        "hunyuan4x: training step, radial",
-        "hunyuan4x: training step, speed-up of radial",
+        "wan: training step, dense",
+        "wan: training step, radial",
+        "wan: training step, speed-up of radial",
     ]
     assert "density 0." in found[2]["note"]
     # One second for each block and one besides; under the mask half, but for the first two blocks.
