@@ -12,7 +12,7 @@ from torch import nn
 
 import diffctrl
 from diffctrl.control import ControlHandle
-from diffctrl.control.install import denoisers
+from diffctrl.control.install import denoisers, sites_of
 from diffctrl.errors import BadRequestError, nearest
 from diffctrl.families import Site, family_of
 from diffctrl.length import (
@@ -225,9 +225,7 @@ def _one_denoiser(pipe: Any) -> Any:
 
 def _adapted(model: nn.Module) -> list[Site]:
     """Sites whose attention can be adapted, under a control or not."""
-    controlled = [m.diffctrl_site for m in model.modules() if hasattr(m, "diffctrl_site")]
-    family = family_of(model)
-    return adaptable(family, controlled or family.sites(model))
+    return adaptable(family_of(model), sites_of(model))
 
 
 def _add_adapter(pipe: Any, model: Any, weights: dict[str, Any], metadata: dict[str, Any], name: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from diffctrl.control import Context, Contributions, Published
+from diffctrl.control.install import sites_of
 from diffctrl.families import ForwardInfo, Site
 from diffctrl.length import Loaded, at_work, tuned
 from diffctrl.processors.base import ControlAttnProcessor
@@ -76,9 +77,7 @@ class RadialAttnProcessor(ControlAttnProcessor):
         info = context.info
         assert info is not None
         frames, rows, columns = context.grid()
-        config, loaded, _ = self._tuned(sites)
-        known = preset(sites[0].family.name, frames=frames, experts=context.experts, tuned=loaded is not None)
-        pattern, dense = resolve(config, known)
+        pattern, dense, loaded = self._settled(sites, frames, context.experts)
         if dense.always and loaded is not None and loaded.lora.radial is not None and not context.step:
             logger.warning("no step of this run has the mask that the length LoRA was trained with")
         if dense.always or (not dense.never and self._rests(dense, context)):
@@ -123,8 +122,17 @@ class RadialAttnProcessor(ControlAttnProcessor):
             raise TypeError(
                 f"radial does not support {subject.family.title}; it supports {', '.join(NATIVE_FRAMES)}"
             )
-        pattern, dense = self.resolved(subject.family.name, subject.layout.frames, subject.experts)
+        sites = self.select(sites_of(subject.model))
+        pattern, dense, _ = self._settled(sites, subject.layout.frames, subject.experts)
         return predicted(subject, pattern, dense, steps, efficiency)
+
+    def _settled(
+        self, sites: Sequence[Site], frames: int, experts: int
+    ) -> tuple[Pattern, DenseParts, Loaded | None]:
+        """The settings on this model with nothing left open, and the length LoRA that some come from."""
+        config, loaded, _ = self._tuned(sites)
+        known = preset(sites[0].family.name, frames=frames, experts=experts, tuned=loaded is not None)
+        return *resolve(config, known), loaded
 
     def _tuned(self, sites: Sequence[Site]) -> tuple[RadialConfig, Loaded | None, str]:
         """The settings on this model, the length LoRA at work there, and why they do not belong together."""

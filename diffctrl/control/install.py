@@ -43,6 +43,16 @@ def denoisers(target: Any) -> dict[str, nn.Module]:
     return found
 
 
+def sites_of(model: nn.Module) -> list[Site]:
+    """The attention modules of a supported model, under a control or not.
+
+    Raises:
+        TypeError: the model, or a processor that it carries, is not supported.
+    """
+    controlled = [getattr(module, _SITE) for module in model.modules() if hasattr(module, _SITE)]
+    return controlled or family_of(model).sites(model)
+
+
 class _Attachment:
     """One model with its sites and context hook; removes exactly what it added."""
 

@@ -242,6 +242,18 @@ def test_a_second_length_lora_is_refused(file: Path) -> None:
         pipe.unload_length_lora()
 
 
+def test_an_estimate_is_of_the_loras_mask(file: Path) -> None:
+    pipe = ready()
+    size = {"height": 32, "width": 32, "frames": 65, "steps": 50}
+    before = RadialAttnProcessor().estimate(pipe, **size)
+    pipe.load_length_lora(file)
+    found = RadialAttnProcessor().estimate(pipe, **size)
+    pipe.unload_length_lora()
+    wanted = RadialAttnProcessor(MASK, dense_fraction=0.04).estimate(ready(), **size)
+    assert (found.density, found.dense_share) == (wanted.density, wanted.dense_share)
+    assert found.density < before.density
+
+
 # --- beside a style, merged ---------------------------------------------------------------------------------
 
 

@@ -30,6 +30,8 @@ from diffctrl.lengthening.train import Progress, Training, train
 from diffctrl.pipelines.length import load_length_lora
 from diffctrl.processors import RadialAttnProcessor, RadialConfig
 from diffctrl.radial import Layout, block_grid
+from diffctrl.scripts.training_video_forward import VideoForward, encode, to_rows
+from diffctrl.zoo.video import VideoParts
 from tests.length.hunyuan import hunyuan
 from tests.length.models import latents, save, wan
 
@@ -129,6 +131,26 @@ def test_only_the_adapter_is_trained_and_starts_at_nothing(model: Path, tmp_path
         run.step(0, run.model.transformer)
     state = run.model.transformer.state_dict()
     assert all(torch.equal(state[name], value) for name, value in untouched.items())
+
+
+def test_the_objective_is_that_of_the_models_own_training(model: Path, tmp_path: Path) -> None:
+    run = training(plan_of(tmp_path, model, method="dense", settings=(), empty_share=0.0))
+    pipe = wan()
+    pixels, captions = run.plan.clips.pixels(0, torch.device("cpu")), run.plan.clips.captions(0)
+    mean, _ = encode(pipe.vae, pixels * 2 - 1)  # (B, F, C, h, w); the tiny model's latents are not scaled
+    clean, _ = run.clips.batch(range(5), [False] * 5)
+    torch.testing.assert_close(clean.float(), mean.transpose(1, 2), rtol=1e-3, atol=1e-3)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    level = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    parts = VideoParts(vae=pipe.vae, transformer=pipe.transformer, text_encoder=pipe.text_encoder)
+    ids = pipe.tokenizer(captions, padding="max_length", max_length=32, return_tensors="pt").input_ids
+    with torch.no_grad():
+        forward = VideoForward(parts, compiled=False)
+        wanted = forward.loss(to_rows(clean.float()), ids, to_rows(noise), level)
+        noisy = torch.lerp(clean.float(), noise, level[:, None, None, None, None])
+        text = run.clips.batch(range(5), [False] * 5)[1]
+        found = run.model.call(run.model.transformer, noisy, level, text) - (noise - clean.float())
+    torch.testing.assert_close(found.square().mean(), wanted, rtol=1e-4, atol=0)
 
 
 # --- learning -----------------------------------------------------------------------------------------------
