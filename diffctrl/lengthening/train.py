@@ -55,8 +55,10 @@ def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> P
     """
     from accelerate import Accelerator
 
-    if plan.device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(plan.device))
+    device = torch.device(plan.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # where accelerate puts a single process
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # of the adapter; its weights stay in float32
     accelerator = Accelerator(cpu=plan.device == "cpu", gradient_accumulation_steps=plan.accumulate)
     on_progress(Progress("loading", 0, 1))

@@ -165,6 +165,32 @@ def test_a_clip_is_read_by_the_judge() -> None:
     assert prompts.unknown_words("a red dragon moves right", clips=True) == ["dragon"]
 
 
+def test_the_embedded_model_and_lora_by_their_names(
+    run: Any, video_model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    weights = tmp_path / "weights"
+    monkeypatch.setattr(registry, "_WEIGHTS", weights)
+    shutil.copytree(video_model, weights / "shapes-wan")
+    lora_file(weights / "loras" / "length-4x.safetensors", wan(), latent_frames=(65, 65))
+    done = run(
+        "generate", "a red dragon moves right", "--model", "shapes-wan", "--frames", 129,
+        "--method", "radial", "--lora", "length-4x", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    path = _only(tmp_path / "out")
+    assert mp4.frame_count(path) == 129
+    recipe = mp4.read_recipe(path)
+    assert recipe.lora is not None
+    assert (recipe.model, recipe.lora.name) == ("shapes-wan", "length-4x")
+    assert "never saw 'dragon'" in done.stderr
+    assert "not judged" in done.stderr  # the judge does not know dragons
+    assert "trained on clips of" not in done.stderr
+    assert "length-4x" in run("info").stdout
+    assert "radial LoRA of rank 4" in json.loads(run("info", "--json").stdout)["loras"]["length-4x"]
+    wrong = run("generate", "a red circle", "--model", "shapes-wan", "--lora", "length-4y")
+    assert "did you mean length-4x?" in wrong.stderr
+
+
 @pytest.mark.parametrize("card", ["no json", "{}", '{"call": {"height": "32"}}'])
 def test_a_card_that_cannot_be_read(clip: Any, video_model: Path, tmp_path: Path, card: str) -> None:
     folder = tmp_path / "model"
