@@ -123,10 +123,10 @@ def sparse_calls(
 def variant_calls(family: str, shape: Shape) -> dict[str, Callable[[Operands], torch.Tensor]]:
     """What could run instead; on the longest shape, those of them that could be for every length."""
     if family == "flash4":
-        forms = [Form("scheduled"), Form("persistent"), Form("persistent", even=True)]
+        forms = [Form(), Form("persistent")]
         return {form.label: kernel_call(Flash4Kernel(form)) for form in forms}
     if family == "triton":
-        variants = [Variant(descriptor=True, specialize=True, tile=128)]
+        variants = [Variant(descriptor=True)]
         if shape.tokens <= 8192:
             variants += [
                 Variant(descriptor=True, specialize=True),

@@ -359,4 +359,4 @@ def _backward(
     return dq, dk, dv
 
 
-KERNEL = Flash4Kernel()
+KERNEL = Flash4Kernel(Form("scheduled"))

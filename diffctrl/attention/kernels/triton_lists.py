@@ -50,7 +50,7 @@ class Variant:
         return f"{kind}{'-ws' if self.specialize else ''}-{rows}n{self.tile}-w{self.warps}-s{self.stages}"
 
 
-HOPPER = Variant(descriptor=True)  # at head dims 64 and 128
+HOPPER = Variant(descriptor=True, specialize=True, tile=128)  # at head dims 64 and 128
 # What a benchmark may sweep on Hopper at head dim 128; `table_variant` names the one in use. 64 rows: three
 # or four programs share an SM, so that one's start and end run beside another's products.
 HOPPER_CANDIDATES = (
