@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from diffctrl.attention import chain
 from diffctrl.attention.api import attend
 from diffctrl.attention.kernels.base import Operands
-from diffctrl.attention.kernels.flash4 import Flash4Kernel, Form
+from diffctrl.attention.kernels.flash4 import Flash4Kernel
 from diffctrl.attention.kernels.flex import FlexForm, FlexKernel
-from diffctrl.attention.kernels.triton_lists import TritonListsKernel, Variant
+from diffctrl.attention.kernels.triton_lists import HOPPER_CANDIDATES, TritonListsKernel
 from diffctrl.attention.stats import EngineStats
 from diffctrl.scripts.bench.cases import SEED, Contender, Shape, fault, inputs, random_lists
 from diffctrl.scripts.bench.harness import (
@@ -123,15 +123,9 @@ def sparse_calls(
 def variant_calls(family: str, shape: Shape) -> dict[str, Callable[[Operands], torch.Tensor]]:
     """What could run instead; on the longest shape, those of them that could be for every length."""
     if family == "flash4":
-        forms = [Form("scheduled"), Form("persistent"), Form("persistent", even=True)]
-        return {form.label: kernel_call(Flash4Kernel(form)) for form in forms}
+        return {"flash4 of the library": kernel_call(Flash4Kernel(scheduled=False))}
     if family == "triton":
-        variants = [Variant(descriptor=True, specialize=True, tile=128)]
-        if shape.tokens <= 8192:
-            variants += [
-                Variant(descriptor=True, specialize=True),
-                Variant(descriptor=True, tile=128, warps=8),
-            ]
+        variants = HOPPER_CANDIDATES if shape.tokens <= 8192 else HOPPER_CANDIDATES[:1]
         return {f"triton {v.label}": kernel_call(TritonListsKernel(v)) for v in variants}
     # Each is one step away from the default, so that a difference has one cause.
     flex = [FlexForm(warps=4), FlexForm(whole=True), FlexForm(dynamic=False)]

@@ -2,14 +2,14 @@
 generations.
 
     python -m diffctrl.scripts.bench.sparsed --out docs/results/sparsed_speed.json [--quick] [--variants]
+    python -m diffctrl.scripts.bench.sparsed --out docs/results/sparsed_speed_compiled.json --compile
 
 Per context: a dense step (the faster of the stock model and of the engine's dense kernel), the step that
 takes the pattern, a sparse step, the memory beyond a dense step; and the same of one layer's attention
 alone. Generations of 128 and 1024 steps are computed from these three steps and the step rule, not run. At
 4k tokens the processor is timed as a user gets it, which is dense. A model runs without its language head,
 as a sampler needs few of its rows. The JSON is rewritten after each context, so a run that is cut short
-leaves what it has. On a CPU, tiny shapes
-without bars: does the script run?
+leaves what it has. On a CPU, tiny shapes without bars: does the script run?
 """
 
 from __future__ import annotations
@@ -146,35 +146,55 @@ def fast_stock(device: str) -> Iterator[None]:
         yield
 
 
-def measure(model: Any, tokens: int, device: str, rounds: int, with_default: bool) -> Steps:
+def measure(model: Any, tokens: int, device: str, rounds: int, with_default: bool, compiled: bool) -> Steps:
     """Stock and controlled steps in turn.
 
-    After one warm-up of each; long contexts go without, as every kernel has then run on shorter ones.
+    After one warm-up of each; long contexts go without, as every kernel has then run on shorter ones, unless
+    their code is compiled for each length.
     """
     ids = torch.randint(0, 1024, (1, tokens), device=device)
     found = Steps()
+    torch.compiler.reset()  # each length gets code of its own, and all of them together are more than is kept
 
     def forward() -> Any:
         return model(input_ids=ids)
 
-    warm = tokens <= 16384
-    for turn in range(rounds + warm):
-        with fast_stock(device):
-            found.stock.append(timed(forward, device)[0])
-        generation(model, forward, tokens, device, found)
-        if with_default:
-            found.default.append(default_step(model, forward, tokens, device))
-        if warm and not turn:
-            found.stock.clear()
-            found.default.clear()
-            for times in found.phases.values():
-                times.clear()
+    warm = compiled or tokens <= 16384
+    with controlled(model, TIMED) as control, controlled(model, SparseDConfig()) as default:
+        for turn in range(rounds + warm):
+            with fast_stock(device):
+                found.stock.append(timed(forward, device)[0])
+            generation(control, forward, tokens, device, found)
+            if with_default:
+                found.default.append(default_step(default, forward, tokens, device))
+            if warm and not turn:
+                found.stock.clear()
+                found.default.clear()
+                for times in found.phases.values():
+                    times.clear()
     return found
 
 
-def generation(model: Any, forward: Callable[[], Any], tokens: int, device: str, found: Steps) -> None:
-    control: Any = diffctrl.apply(model, SparseDAttnProcessor(TIMED))
-    with control:
+@contextmanager
+def controlled(model: Any, config: SparseDConfig) -> Iterator[Any]:
+    """Off until `at_work`: one object for all rounds, since compiled code is made for it."""
+    control: Any = diffctrl.apply(model, SparseDAttnProcessor(config))
+    control.remove()
+    yield control
+    control.remove()
+
+
+@contextmanager
+def at_work(control: Any) -> Iterator[None]:
+    control.resume()
+    try:
+        yield
+    finally:
+        control.remove()
+
+
+def generation(control: Any, forward: Callable[[], Any], tokens: int, device: str, found: Steps) -> None:
+    with at_work(control):
         control.begin(torch.tensor([tokens - GENERATED]), GENERATED, TIMED_STEPS)
         for step in range(TIMED_STEPS):
             control.set_step(step)
@@ -185,10 +205,9 @@ def generation(model: Any, forward: Callable[[], Any], tokens: int, device: str,
         found.stats = control.controller.stats()
 
 
-def default_step(model: Any, forward: Callable[[], Any], tokens: int, device: str) -> float:
+def default_step(control: Any, forward: Callable[[], Any], tokens: int, device: str) -> float:
     """The last step of a generation of 8 with the default settings."""
-    control: Any = diffctrl.apply(model, SparseDAttnProcessor())
-    with control:
+    with at_work(control):
         control.begin(torch.tensor([tokens - GENERATED]), GENERATED, 8)
         control.set_step(0)
         forward()
@@ -339,9 +358,13 @@ def main() -> None:
         print(f"{model.name}: {model.layers} layers, {model.heads}/{model.kv_heads} heads", flush=True)
         with torch.no_grad():
             net = model.build(device)
-            for tokens in model.contexts[:2] if args.quick and device == "cuda" else model.contexts:
+            if args.compile:
+                for layer in net.layers:
+                    layer.compile(dynamic=False)
+            contexts = model.contexts[-1:] if args.longest else model.contexts
+            for tokens in contexts[:2] if args.quick and device == "cuda" else contexts:
                 rounds = args.rounds or (8 if tokens <= 4096 else 3 if tokens <= 16384 else 2)
-                steps = measure(net, tokens, device, rounds, with_default=tokens <= 4096)
+                steps = measure(net, tokens, device, rounds, tokens <= 4096, args.compile)
                 figures += figures_of(model, tokens, steps)
                 states.append(card_state())
                 write_report(args.out, "sparsed_speed", figures, seeds=[SEED], card=states)
@@ -366,6 +389,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="4k and 8k tokens only; tiny shapes on a CPU")
     parser.add_argument("--variants", action="store_true", help="also time other forms of the fused scores")
     parser.add_argument("--rounds", type=int, default=0, help="of every context, instead of 8 to 1")
+    parser.add_argument("--compile", action="store_true", help="the layers, for dense and sparse alike")
+    parser.add_argument("--longest", action="store_true", help="only the longest context")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     return parser.parse_args()
 

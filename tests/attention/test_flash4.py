@@ -67,27 +67,19 @@ def test_the_choice_follows_the_switch_of_deterministic_algorithms():
         chain.register("picky", None)
 
 
-def prepared(counts: list[int], block: tuple[int, int] = (128, 128)):
-    lists = SimpleNamespace(full_count=torch.tensor(counts, dtype=torch.int32).view(1, 1, -1))
-    even = max(counts) <= flash4_library.EVEN * sum(counts) / len(counts)
-    tensors = SimpleNamespace(block_size=block)
-    return flash4_library.PreparedLists(tensors, None, lists, [4608], even)
+def prepared(block: tuple[int, int] = (128, 128)):
+    lists = SimpleNamespace(full_count=torch.tensor([[[9, 9, 10]]], dtype=torch.int32))
+    return flash4_library.PreparedLists(SimpleNamespace(block_size=block), None, lists, [4608])
 
 
-def test_other_forms_run_where_they_can_and_the_stock_one_elsewhere(installed, monkeypatch):
-    even, ragged = prepared([9, 9, 10]), prepared([1, 9, 17])
-    for form in (flash4.Form("persistent"), flash4.Form("scheduled")):
-        kernel = flash4.Flash4Kernel(form)
-        assert kernel.form_for(request(), ragged) == form
-        assert kernel.form_for(request(arch=100), ragged) == flash4.STOCK
-        assert kernel.form_for(request(sparse=False), None) == flash4.STOCK
-    kernel = flash4.Flash4Kernel(flash4.Form("persistent", even=True))
-    assert kernel.form.label == "flash4-persistent-even"
-    assert kernel.form_for(request(), even) == kernel.form
-    assert kernel.form_for(request(), ragged) == flash4.STOCK
-    kernel = flash4.Flash4Kernel(flash4.Form("scheduled"))
-    assert kernel.form_for(request(), prepared([3], block=(128, 64))) == flash4.STOCK
-    assert kernel.form_for(replace(request(), head_dim=72), even) == flash4.STOCK
+def test_the_scheduled_form_runs_where_it_can_and_that_of_the_library_elsewhere(installed, monkeypatch):
+    kernel = flash4.Flash4Kernel()
+    assert kernel.is_scheduled(request(), prepared())
+    assert not kernel.is_scheduled(request(arch=100), prepared())
+    assert not kernel.is_scheduled(request(sparse=False), None)
+    assert not kernel.is_scheduled(request(), prepared(block=(128, 64)))
+    assert not kernel.is_scheduled(replace(request(), head_dim=72), prepared())
+    assert not flash4.Flash4Kernel(scheduled=False).is_scheduled(request(), prepared())
     monkeypatch.setattr(flash4, "installed_version", lambda: "4.0.0")
-    assert kernel.form_for(request(), even) == flash4.STOCK
+    assert not kernel.is_scheduled(request(), prepared())
     assert kernel.why_not(request()) is None

@@ -12,9 +12,9 @@ import torch
 from diffctrl.attention import BlockLists, EngineStats, attend, chain, kernel_report, merge
 from diffctrl.attention.chain import load, request_for
 from diffctrl.attention.kernels.base import Operands, Request
-from diffctrl.attention.kernels.flash4 import STOCK, Flash4Kernel, Form
+from diffctrl.attention.kernels.flash4 import Flash4Kernel
 from diffctrl.attention.kernels.flash4_library import prepared_lists
-from diffctrl.attention.kernels.triton_lists import HOPPER_CANDIDATES, TritonListsKernel, Variant
+from diffctrl.attention.kernels.triton_lists import HOPPER_CANDIDATES, TritonListsKernel
 from diffctrl.attention.selftest import self_test, strided
 from tests.attention.cases import assert_matches, make_inputs, make_rule, random_lists, reference
 
@@ -24,24 +24,10 @@ pytestmark = [
 ]
 
 BF16 = torch.bfloat16
-# Forms that may become the default one day: all that is asked of a kernel over lists is asked of them.
-CANDIDATES = {
-    "candidate-triton": TritonListsKernel(Variant(descriptor=True, specialize=True, tile=128)),
-    "candidate-flash4": Flash4Kernel(Form("scheduled")),
-}
-LISTS = ("flash4", "triton", "flex", "gathered", *CANDIDATES)
-WITH_BACKWARD = ("flash4", "flex", "gathered", "candidate-flash4")
+LISTS = ("flash4", "triton", "flex", "gathered")
+WITH_BACKWARD = ("flash4", "flex", "gathered")
 WITH_RULES = ("flex", "gathered")
 DENSE = ("flash4", "cudnn", "sdpa")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def candidates():
-    for name, kernel in CANDIDATES.items():
-        chain.register(name, kernel)
-    yield
-    for name in CANDIDATES:
-        chain.register(name, None)
 
 
 def usable(name: str, inputs, mask: BlockLists | None, *, lse: bool = False, grad: bool = False) -> None:
@@ -85,13 +71,8 @@ CASES = {
 }
 
 
-# flex compiles for each kind of mask and head dim; the scheduled form is for two head dims and one block.
-FEW = {
-    "flex": {"1001", "grouped", "lengths", "causal", "key validity", "dim 72"},
-    "candidate-flash4": {
-        c for c, (_, dim, _, _, block, _) in CASES.items() if dim in (64, 128) and block[1] == 128
-    },
-}
+# flex compiles for each kind of mask and head dim.
+FEW = {"flex": {"1001", "grouped", "lengths", "causal", "key validity", "dim 72"}}
 
 
 def in_turn(kernel: str, case: str) -> bool:
@@ -165,17 +146,14 @@ FORMS = {
     "grouped, row lengths": {"kv_heads": 2, "heads": 4, "per_row_lengths": True, "needs_lse": True},
     "shared, empty rows": {"shared_heads": True, "shared_batch": True, "allows_empty": True},
 }
-OTHERS = [
-    *(TritonListsKernel(v) for v in HOPPER_CANDIDATES if v.specialize or v.rows != 128),
-    *(Flash4Kernel(form) for form in (Form("persistent"), Form("scheduled"))),
-]
+OTHERS = [*map(TritonListsKernel, HOPPER_CANDIDATES), Flash4Kernel(scheduled=False)]
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "kernel",
     OTHERS,
-    ids=[(k.form if isinstance(k, Flash4Kernel) else k.variant).label for k in OTHERS],
+    ids=[k.variant.label if isinstance(k, TritonListsKernel) else "flash4 of the library" for k in OTHERS],
 )
 def test_other_forms_of_a_kernel_pass_the_self_test(kernel, form):
     """What the benchmark may time beside the default; each call is made in two forms by the self-test."""
@@ -201,9 +179,8 @@ FORM_CASES = {
 
 
 @pytest.mark.parametrize("case", FORM_CASES)
-@pytest.mark.parametrize("form", [Form("persistent"), Form("scheduled")], ids=lambda form: form.label)
-def test_forms_of_flash4_give_the_same_bits(form, case):
-    """Then a form may be chosen by the lists, and a new default leaves a seed its latents."""
+def test_the_scheduled_form_gives_the_bits_of_the_library(case):
+    """Then lists may choose the form, and a seed keeps its latents."""
     lengths, dim, heads, kv_heads, special = FORM_CASES[case]
     mask = random_lists((128, 128), lengths, **{"heads": heads} | special)
     if case == "even":
@@ -214,9 +191,9 @@ def test_forms_of_flash4_give_the_same_bits(form, case):
     request = request_for(operands, needs_lse=True)
     if request.arch != 90:
         pytest.skip("forms for sm90")
-    kernel = Flash4Kernel(form)
-    assert kernel.form_for(request, prepared_lists(operands, 90)) == form
-    stock_out, stock_lse = Flash4Kernel(STOCK).run(request, operands)
+    kernel = Flash4Kernel()
+    assert kernel.is_scheduled(request, prepared_lists(operands, 90))
+    stock_out, stock_lse = Flash4Kernel(scheduled=False).run(request, operands)
     out, lse = kernel.run(request, operands)
     assert torch.equal(out, stock_out)
     assert torch.equal(lse, stock_lse)
@@ -322,7 +299,7 @@ def test_fp32_runs_gathered_blocks():
     assert stats.calls == {"gathered": 1}
 
 
-@pytest.mark.parametrize("kernel", ["flash4", "triton", *CANDIDATES])
+@pytest.mark.parametrize("kernel", ["flash4", "triton"])
 def test_offsets_past_two_to_the_31(kernel):
     """B * H * S * D > 2^31: the last head of the last row is compared."""
     length, heads, dim, batch = 32768, 24, 128, 22
@@ -337,7 +314,7 @@ def test_offsets_past_two_to_the_31(kernel):
     assert_matches(out[-1:, -128:, -1:], None, reference(*part, small))
 
 
-@pytest.mark.parametrize("kernel", ["flash4", "triton", *CANDIDATES])
+@pytest.mark.parametrize("kernel", ["flash4", "triton"])
 def test_poisoned_memory_and_two_streams_do_not_show(kernel):
     lengths = (700, 700)
     mask = random_lists((128, 128), lengths, density=0.3, heads=3)

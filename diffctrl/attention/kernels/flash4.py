@@ -11,8 +11,8 @@ What this file knows about version 4.0.0b36, and checks before it trusts:
     deterministic ("not implemented", found on an H100).
   - A call costs 80 to 100 us of Python, more than the kernel of a short sequence. The compiled function
     behind it is called directly where the version is the one this was written for; see `_Entry`.
-  - One program per query block, one program per SM: a short list does not hide its start and end. Forms that
-    do are in `flash4_persistent` and `flash4_scheduled`.
+  - One program per query block, one program per SM: a short list does not hide its start and end. Ours does
+    (`flash4_scheduled`), with the same bits, for the head dims and blocks that it was written for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -41,51 +41,21 @@ PINNED = "4.0.0b36"
 _LOCK = threading.RLock()
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How the forward over lists is made, where it can be made so (`Flash4Kernel.form_for`).
-
-    program: the library's, one for each query block; `flash4_persistent`; `flash4_scheduled`. even: only for
-    lists of about equal length.
-    """
-
-    program: Literal["stock", "persistent", "scheduled"] = "stock"
-    even: bool = False
-
-    @property
-    def label(self) -> str:
-        program = "" if self.program == "stock" else f"-{self.program}"
-        return f"flash4{program}{'-even' if self.even else ''}"
-
-
-STOCK = Form()
-
-
 class Flash4Kernel:
-    """`form` other than `STOCK`: for benchmarks and tests, until one is measured to be better."""
+    """`scheduled`: with `flash4_scheduled` wherever it can be; without for benchmarks and tests."""
 
     name = "flash4"
     specialises = True  # on lengths, lists and strides: the self-test has to see each
 
-    def __init__(self, form: Form = STOCK) -> None:
-        self.form = form
+    def __init__(self, scheduled: bool = True) -> None:
+        self.scheduled = scheduled
 
-    def form_for(self, request: Request, lists: PreparedLists | None) -> Form:
-        """The form that a call takes: `self.form`, or `STOCK` where that cannot be, or is not for such lists.
-
-        Whether lists are even depends on all batch rows, and a row must not: a form may become the default
-        only if its bits are those of `STOCK` (`test_gpu.py::test_forms_of_flash4_give_the_same_bits`).
-        """
-        form = self.form
-        if lists is None or form == STOCK or request.arch != 90 or installed_version() != PINNED:
-            return STOCK
-        if request.head_dim > 128 or (form.even and not lists.even):
-            return STOCK
-        if form.program == "scheduled" and (
-            request.head_dim not in (64, 128) or lists.tensors.block_size != (128, 128)
-        ):
-            return STOCK
-        return form
+    def is_scheduled(self, request: Request, lists: PreparedLists | None) -> bool:
+        """Whether a call runs `flash4_scheduled`. No row has to know of the others: both forms give the same
+        bits (`test_gpu.py::test_the_scheduled_form_gives_the_bits_of_the_library`)."""
+        if not self.scheduled or lists is None or request.arch != 90 or installed_version() != PINNED:
+            return False
+        return request.head_dim in (64, 128) and lists.tensors.block_size == (128, 128)
 
     def why_not(self, request: Request) -> str | None:
         if request.device_type != "cuda" or torch.version.hip is not None:
@@ -108,11 +78,11 @@ class Flash4Kernel:
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = operands.query, operands.key, operands.value
         lists = prepared_lists(operands, request.arch)
-        form = self.form_for(request, lists)
+        scheduled = self.is_scheduled(request, lists)
         if request.needs_grad:
-            out, lse = _Differentiable.apply(query, key, value, operands, lists, request.arch, form)
+            out, lse = _Differentiable.apply(query, key, value, operands, lists, request.arch, scheduled)
             return out, lse if request.needs_lse else None
-        return _forward(query, key, value, operands.scale, request.needs_lse, lists, request.arch, form)
+        return _forward(query, key, value, operands.scale, request.needs_lse, lists, request.arch, scheduled)
 
     def backward(
         self, operands: Operands, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
@@ -158,19 +128,19 @@ def _forward(
     needs_lse: bool,
     lists: PreparedLists | None,
     arch: int | None,
-    form: Form = STOCK,
+    scheduled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     # Gradients are handled in `_Differentiable`; a tensor that asks for one would change the compiled
     # function.
     query, key, value = query.detach(), key.detach(), value.detach()
-    if form.program == "scheduled":
+    if scheduled:
         assert lists is not None
         return _scheduled(query, key, value, scale, needs_lse, lists)
     entries = _DENSE_ENTRIES if lists is None else lists.entries
     direct = arch == 90 and _direct_calls() and all(_as_the_kernel_wants(t) for t in (query, key, value))
     entry_key = (
         query.dtype, query.shape[0], query.shape[2], key.shape[2], query.shape[3], needs_lse,
-        query.device.index, form,
+        query.device.index,
     )  # fmt: skip
     entry = entries.get(entry_key) if direct else None
     if entry is not None:
@@ -181,10 +151,10 @@ def _forward(
             logger.warning("flash-attn-4 refuses direct calls, each call now pays its Python: %s", error)
             direct = False
     if not direct:
-        return _library_call(query, key, value, scale, needs_lse, lists, form)
+        return _library_call(query, key, value, scale, needs_lse, lists)
     package = library()
     with _LOCK, _Recorder(package._flash_attn_fwd) as recorder:
-        out, lse = _library_call(query, key, value, scale, needs_lse, lists, form)
+        out, lse = _library_call(query, key, value, scale, needs_lse, lists)
     if recorder.met is not None:
         sparse = None if lists is None else _expanded(lists.tensors, query.shape[0], query.shape[2])
         entries[entry_key] = _Entry(recorder.met, sparse, package.AuxData(None, None))
@@ -193,7 +163,7 @@ def _forward(
 
 def _library_call(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, needs_lse: bool,
-    lists: PreparedLists | None, form: Form,
+    lists: PreparedLists | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     kwargs: dict[str, Any] = {"softmax_scale": scale, "return_lse": needs_lse}
     if lists is not None:
@@ -202,13 +172,7 @@ def _library_call(
     function = package.flash_attn_func
     if lists is not None and lists.lengths is not None:
         function, kwargs["seqused_k"] = package.flash_attn_varlen_func, lists.lengths
-    if lists is None or form == STOCK:
-        return function(query, key, value, **kwargs)
-    from . import flash4_persistent
-
-    with _LOCK, flash4_persistent.persistent():
-        mark = flash4_persistent.CACHE_MARK
-        return package._flash_attn_fwd(query, key, value, num_threads=mark, **kwargs)[:2]
+    return function(query, key, value, **kwargs)
 
 
 def _scheduled(
@@ -329,9 +293,9 @@ class _Differentiable(torch.autograd.Function):
         operands: Operands,
         lists: PreparedLists | None,
         arch: int | None,
-        form: Form,
+        scheduled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = _forward(query, key, value, operands.scale, True, lists, arch, form)
+        out, lse = _forward(query, key, value, operands.scale, True, lists, arch, scheduled)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.scale, ctx.mask = operands.scale, operands.mask
         ctx.mark_non_differentiable(lse)

@@ -21,7 +21,6 @@ from .flash4_schedule import deal
 logger = logging.getLogger("diffctrl.attention")
 
 PACKAGE = "flash-attn-4"
-EVEN = 1.1  # longest list over the mean: up to here lists count as equally long
 
 
 @functools.cache
@@ -77,7 +76,6 @@ class PreparedLists:
     lengths: torch.Tensor | None  # int32 (B,): valid keys per row
     host: FA4Lists
     k_lens: list[int]  # the same lengths, or that of all rows
-    even: bool  # no list is much longer than the mean
     entries: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # compiled functions
     schedules: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -120,10 +118,9 @@ def make_lists(mask: BlockLists, device: torch.device, arch: int, head_dim: int)
         full_block_idx=indices.to(device),
         block_size=lists.block,
     )
-    even = int(lists.full_count.max()) <= EVEN * float(lists.full_count.float().mean())
     if mask.n_valid is None:
-        return PreparedLists(tensors, None, lists, [mask.lengths[1]], even)
-    return PreparedLists(tensors, mask.n_valid.to(device), lists, mask.n_valid.tolist(), even)
+        return PreparedLists(tensors, None, lists, [mask.lengths[1]])
+    return PreparedLists(tensors, mask.n_valid.to(device), lists, mask.n_valid.tolist())
 
 
 def make_transposed(mask: BlockLists, device: torch.device) -> Any:
