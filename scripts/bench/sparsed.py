@@ -160,28 +160,26 @@ def measure(model: Any, tokens: int, device: str, rounds: int, with_default: boo
         return model(input_ids=ids)
 
     warm = compiled or tokens <= 16384
-    with controlled(model, TIMED) as control, controlled(model, SparseDConfig()) as default:
-        for turn in range(rounds + warm):
-            with fast_stock(device):
-                found.stock.append(timed(forward, device)[0])
-            generation(control, forward, tokens, device, found)
-            if with_default:
-                found.default.append(default_step(default, forward, tokens, device))
-            if warm and not turn:
-                found.stock.clear()
-                found.default.clear()
-                for times in found.phases.values():
-                    times.clear()
+    control, default = controlled(model, TIMED), controlled(model, SparseDConfig())
+    for turn in range(rounds + warm):
+        with fast_stock(device):
+            found.stock.append(timed(forward, device)[0])
+        generation(control, forward, tokens, device, found)
+        if with_default:
+            found.default.append(default_step(default, forward, tokens, device))
+        if warm and not turn:
+            found.stock.clear()
+            found.default.clear()
+            for times in found.phases.values():
+                times.clear()
     return found
 
 
-@contextmanager
-def controlled(model: Any, config: SparseDConfig) -> Iterator[Any]:
-    """Off until `at_work`: one object for all rounds, since compiled code is made for it."""
+def controlled(model: Any, config: SparseDConfig) -> Any:
+    """Off until `at_work`; one object for all rounds, since compiled code is made for it."""
     control: Any = diffctrl.apply(model, SparseDAttnProcessor(config))
     control.remove()
-    yield control
-    control.remove()
+    return control
 
 
 @contextmanager
