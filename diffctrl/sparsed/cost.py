@@ -48,20 +48,23 @@ class Device:
     Attributes:
         least_tokens: shorter rows stay dense: launches and lists cost more than the blocks that are left out.
         sparse_rate: speed of the sparse kernel per operation, over the dense kernel's.
-        build_share: time of the exact block scores, over that of dense attention.
+        build_share: time of the pattern, lists included, over that of dense attention.
+        linear_rate: speed of everything else per operation of its products, over the dense kernel's.
     """
 
     least_tokens: int
     sparse_rate: float
     build_share: float
+    linear_rate: float
 
 
-# cuda: the specification's break-even of about 12k tokens; lists at density 0.25 reach the dense rate of
-# flash-attn-4 (attention/kernels/table.py); the fused pass is half of attention's products and most of its
-# exponentials, predicted. cpu: one core, float32, 512 to 4096 tokens, lists of density 0.3 and 0.4.
+# cuda: one H200, bf16, LLaDA-8B's and Dream-7B's shapes, 4k to 64k tokens
+# (docs/results/sparsed_speed.json); they predict the gain of a step there within 12 %, never too high by
+# more than 2. Break-even: 8k tokens gain 7 % in 128 steps; 4k gained 4, too little to be sure of on another
+# card. cpu: one core, float32, 512 to 4096 tokens, lists of density 0.3 and 0.4.
 DEVICES = {
-    "cuda": Device(least_tokens=12288, sparse_rate=1.0, build_share=0.8),
-    "cpu": Device(least_tokens=2048, sparse_rate=0.55, build_share=1.5),
+    "cuda": Device(least_tokens=8192, sparse_rate=0.9, build_share=1.15, linear_rate=0.6),
+    "cpu": Device(least_tokens=2048, sparse_rate=0.55, build_share=1.5, linear_rate=1.0),
 }
 _APPROXIMATE_SHARE = 0.1
 
@@ -104,7 +107,7 @@ def predict(
         device: its type; an unknown one counts as "cuda".
     """
     costs = DEVICES.get(device, DEVICES["cuda"])
-    linear, attention = shape.linear(tokens), shape.attention(tokens)
+    linear, attention = shape.linear(tokens) / costs.linear_rate, shape.attention(tokens)
     dense = linear + attention
     sparse = linear + attention * expected_density(tokens, prompt, config) / costs.sparse_rate
     build = attention * (_APPROXIMATE_SHARE if config.approximate else costs.build_share)
