@@ -65,7 +65,8 @@ class VelocityModel(ABC):
             (B, C, F, h, w).
         """
         dtype = self.transformer.dtype
-        arguments = {**text, **self.constants(len(noisy), noisy.device, dtype)}
+        arguments = {name: x.to(dtype) if x.is_floating_point() else x for name, x in text.items()}
+        arguments |= self.constants(len(noisy), noisy.device, dtype)
         return model(
             hidden_states=noisy.to(dtype),
             timestep=level * self.scale,

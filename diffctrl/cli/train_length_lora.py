@@ -39,7 +39,9 @@ def train_length_lora(
             help="MP4 files, a .txt of the same name beside each, or metadata.jsonl. [default: generated]",
         ),
     ] = None,
-    clips: Annotated[int, typer.Option(help="Clips to generate, without --data.")] = 2000,
+    clips: Annotated[
+        int | None, typer.Option(help="Clips to generate, without --data. [default: 2000]")
+    ] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height x width in pixels.")] = None,
     method: Annotated[str, typer.Option(metavar="radial|dense", help="Attention in training.")] = "radial",
     set_: Annotated[

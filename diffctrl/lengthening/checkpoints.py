@@ -40,10 +40,13 @@ class Checkpoints:
         unfinished = self.folder / f".{path.name}.part"
         on_host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         facts = {"step": step, "identity": self._identity}
-        save_file(on_host, unfinished, metadata={_FACTS: json.dumps(facts)})
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())  # the name must not outlive a power cut without its contents
-        os.replace(unfinished, path)
+        try:
+            save_file(on_host, unfinished, metadata={_FACTS: json.dumps(facts)})
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())  # the name must not outlive a power cut without its contents
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         for old in self._paths()[: -self.keep]:
             old.unlink(missing_ok=True)
 

@@ -66,13 +66,15 @@ def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> P
     checkpoints = Checkpoints(plan.out / "checkpoints", identity, plan.keep)
     checkpoints.last()  # refuses to go on with other options, before anything is loaded
     clips = EncodedClips(plan)
+    encoded = clips.complete
+    accelerator.wait_for_everyone()  # all have looked before one of them encodes
     kind = plan.kind.velocity_model()
-    encoders = () if not clips.complete else kind.encoders
     dtype = getattr(torch, plan.dtype)
     # Autoencoders lose what 16 bits round off; they are small.
-    pipe = plan.source.load({"default": dtype, "vae": torch.float32}, without=encoders)
+    dtypes = {"default": dtype, "vae": torch.float32}
+    pipe = plan.source.load(dtypes, without=kind.encoders if encoded else ())
     model = kind(pipe, plan.max_sequence_length)
-    if not clips.complete:
+    if not encoded:
         _encode(plan, clips, model, accelerator, on_progress)
     return Training(plan, clips, model, accelerator, checkpoints).run(on_progress)
 

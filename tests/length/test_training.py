@@ -10,11 +10,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -48,10 +51,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_of(out: Path, folder: Path, **changes: Any) -> TrainPlan:
     fields: dict[str, Any] = {
-        "out": out, "model": str(folder), "frames": 33, "clips": 5, "settings": SETTINGS, "rank": 4,
-        "steps": 8, "batch": 2, "learning_rate": 1e-3, "warmup_steps": 2, "checkpoint_every": 3,
-        "device": "cpu",
+        "out": out, "model": str(folder), "frames": 33, "settings": SETTINGS, "rank": 4, "steps": 8,
+        "batch": 2, "learning_rate": 1e-3, "warmup_steps": 2, "checkpoint_every": 3, "device": "cpu",
     }  # fmt: skip
+    if "data" not in changes:
+        fields["clips"] = 5
     return planning.make(TrainRequest(**{**fields, **changes}))
 
 
@@ -228,6 +232,37 @@ def test_hunyuan_video_trains_its_texts_projections_too(tmp_path: Path) -> None:
     assert not any("add_" in name for name in fewer.targets)
 
 
+def test_frozen_weights_of_16_bits_and_an_adapter_of_32(model: Path, tmp_path: Path) -> None:
+    run = training(plan_of(tmp_path, model, dtype="bfloat16"))
+    assert {value.dtype for value in run.adapter.values()} == {torch.float32}
+    pipe = run.plan.source.load({"default": torch.bfloat16, "vae": torch.float32})
+    assert pipe.vae.dtype == torch.float32
+    assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    losses: list[float] = []
+    path = train(run.plan, lambda now: losses.append(now.loss) if now.loss is not None else None)
+    whole = train(plan_of(tmp_path / "whole", model))
+    assert len(losses) == 8
+    with (tmp_path / "whole" / "log.csv").open(newline="") as file:
+        wanted = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert losses == pytest.approx(wanted, rel=2e-2)  # the same noise, in other dtypes
+    assert read(path).training["dtype"] == "bfloat16"
+    assert whole != path
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 12), seed=st.integers(0, 2**31 - 1))
+def test_each_epoch_has_all_clips_in_an_order_of_its_own(count: int, seed: int) -> None:
+    run = Training.__new__(Training)
+    run.plan, run.clips, run._orders = SimpleNamespace(seed=seed), range(count), {}  # type: ignore[assignment]
+    order = [run._clip(place) for place in range(3 * count)]
+    for epoch in range(3):
+        assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
+    places = list(range(0, 3 * count, 2))[::-1]
+    assert [run._clip(place) for place in places] == [order[place] for place in places]
+    if count > 8:
+        assert order[:count] != order[count : 2 * count]
+
+
 # --- killed trainings ---------------------------------------------------------------------------------------
 
 
@@ -401,6 +436,8 @@ def test_faulty_lists_of_clips(model: Path, tmp_path: Path, index: str, says: st
         ({"added": True}, "no projections of text"),
         ({"batch": 3, "accumulate": 2}, "a step takes 6 clips, and there are 5"),
         ({"data": Path("nowhere")}, "is no folder"),
+        ({"data": Path("nowhere"), "clips": 3}, "give one of them"),
+        ({"clips": 0}, "--clips 0 is not a number"),
         ({"model": "shapes-wan2"}, "did you mean shapes-wan?"),
         ({"model": "shapes-sd3"}, "is a StableDiffusion3Pipeline; length LoRAs are trained on WanPipeline"),
         ({"device": "cuda:99"}, "no device"),
