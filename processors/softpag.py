@@ -12,6 +12,7 @@ from torch import Tensor
 from diffctrl.control import Context, Contributions, Published, Rows
 from diffctrl.families import Call, Site
 from diffctrl.processors.base import ControlAttnProcessor, published
+from diffctrl.processors.universe import universe_of_sites
 from diffctrl.softpag import (
     Head,
     SoftPAGConfig,
@@ -23,7 +24,6 @@ from diffctrl.softpag import (
     rescaled,
 )
 from diffctrl.softpag.config import LAYER_KINDS
-from diffctrl.softpag.headhunt.universe import Universe
 from diffctrl.softpag.layers import faded, reordered, shuffled
 
 
@@ -171,7 +171,7 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
         heads = self.config.heads
         if heads is not None and not isinstance(heads, str):
             return heads
-        signature = Universe.of_sites(sites, sites[0].family.model_class().__name__).signature
+        signature = universe_of_sites(sites, sites[0].family.model_class().__name__).signature
         if heads is not None:
             return tuple(library.find(heads, signature))
         # A set was found by perturbing towards the values; for another target a layer is as good a guess.

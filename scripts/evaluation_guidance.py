@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffctrl.drawing.hunt import PipelineSampler
+from diffctrl.processors.universe import universe_of
 from diffctrl.scripts.evaluation_image import named_facts, suites, to_bytes
 from diffctrl.softpag import Head
 from diffctrl.softpag.headhunt import HuntConfig, Pair, Universe
@@ -112,7 +113,7 @@ class Studio:
         self._call = {name: value for name, value in call.items() if name != "guidance_scale"}
         self._encoded: dict[str, dict[str, Tensor]] = {}
         self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers else None
-        self.universe = Universe.of(pipe)
+        self.universe = universe_of(pipe)
         self.forwards = 0
         self.pictures = 0
 

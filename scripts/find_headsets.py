@@ -22,6 +22,7 @@ import torch
 from diffctrl.drawing.hunt import PipelineFactory, sampling_of
 from diffctrl.drawing.hunt_plan import built_in_prompts
 from diffctrl.drawing.source import ModelSource
+from diffctrl.processors.universe import universe_of
 from diffctrl.scripts.bench.harness import print_table
 from diffctrl.softpag import SoftPAGConfig
 from diffctrl.softpag.headhunt import (
@@ -32,7 +33,6 @@ from diffctrl.softpag.headhunt import (
     Pair,
     Search,
     Setting,
-    Universe,
     cost,
     parse_goal,
 )
@@ -74,7 +74,7 @@ def search(
     log: Path | None = None,
 ) -> Found:
     """One search on a loaded pipeline."""
-    began, universe = time.monotonic(), Universe.of(pipe)
+    began, universe = time.monotonic(), universe_of(pipe)
     goal = parse_goal(["judge" if name == QUALITY else name])
     call = {key: value for key, value in call.items() if key != "guidance_scale"}
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
@@ -172,7 +172,7 @@ def _search_all(
             stop_early=True,
             prune=options.prune,
         )
-        planned = cost(Universe.of(pipe), pairs, config, call["num_inference_steps"])
+        planned = cost(universe_of(pipe), pairs, config, call["num_inference_steps"])
         print(
             f"{name}: {len(pairs)} pairs, at most {planned.images:,} pictures in {planned.batches:,} "
             f"batches, {planned.forwards:,} rows through the denoiser",

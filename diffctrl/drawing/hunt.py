@@ -12,6 +12,7 @@ import torch
 
 from diffctrl.control.install import denoisers
 from diffctrl.processors.candidates import Candidates, hunting
+from diffctrl.processors.universe import universe_of
 from diffctrl.softpag import Head, SoftPAGConfig
 from diffctrl.softpag.headhunt import (
     Engine,
@@ -68,7 +69,7 @@ class PipelineSampler:
         if hasattr(self._vae, "use_slicing"):
             self._stack.callback(setattr, self._vae, "use_slicing", self._vae.use_slicing)
         settings = SoftPAGConfig(**config.settings())
-        self._stack.enter_context(hunting(pipe, universe or Universe.of(pipe), self.candidates, settings))
+        self._stack.enter_context(hunting(pipe, universe or universe_of(pipe), self.candidates, settings))
 
     def close(self) -> None:
         """Take the control off."""
@@ -196,7 +197,7 @@ def hunt(
         raise ValueError(
             "a log needs model={'id': ..., 'revision': ...}: scores of other weights must not be read"
         )
-    universe = Universe.of(pipe)
+    universe = universe_of(pipe)
     setting = Setting(model=dict(model or {}), sampling=sampling_of(pipe.scheduler, call, _dtype(pipe)))
     factory = PipelineFactory(pipe, goal, config, call, universe, encode, output_type, scorers)
     with engine(factory) as running, JobLog(log, running.writer) as jobs:

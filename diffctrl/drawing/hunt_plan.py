@@ -79,11 +79,13 @@ class HuntPlan:
         import diffusers
         import torch
 
+        from diffctrl.processors.universe import universe_of
+
         source = self.drawing.source
         component = source.kind.denoiser
         model_class = getattr(diffusers, source.components()[component])
         with torch.device("meta"):
-            return Universe.of(model_class.from_config(source.config(component)))
+            return universe_of(model_class.from_config(source.config(component)))
 
     def goal(self, worker: int = 0) -> Goal:
         return parse_goal(self.objectives, self.device(worker))

@@ -217,11 +217,12 @@ def _check_controls(source: ModelSource, controls: tuple[ControlSpec, ...], head
     if not controls:
         return
     import diffctrl
+    from diffctrl.processors.universe import universe_of
 
     model = source.skeleton(source.kind.denoiser)
     try:
         for path in head_sets:
-            read_head_set(path).check(model)
+            read_head_set(path).check(universe_of(model).signature)
         diffctrl.apply(model, processors(controls)).remove()
     except (ValueError, TypeError) as error:
         raise BadRequestError(f"{source.name}: {error}") from None

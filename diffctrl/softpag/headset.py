@@ -185,19 +185,15 @@ class HeadSet:
             raise ValueError(f"{', '.join(strangers)} not in the set; it has {self}")
         return replace(self, chosen=tuple(replace(c, u=named.get(c.head, c.u)) for c in self.chosen))
 
-    def check(self, signature: Signature | Any) -> HeadSet:
-        """Return this set where it belongs to the model, as in `SoftPAGAttnProcessor(heads.check(pipe))`.
+    def check(self, signature: Signature) -> HeadSet:
+        """Return this set where it belongs to a model of this shape; a processor checks it by itself.
 
         Args:
-            signature: of the model; a pipeline or a bare denoiser that is under no control works too.
+            signature: as in `diffctrl.processors.universe.universe_of(pipe).signature`.
 
         Raises:
             ValueError: the model is of another shape.
         """
-        if not isinstance(signature, Signature):
-            from diffctrl.softpag.headhunt.universe import Universe
-
-            signature = Universe.of(signature).signature
         if self.signature is not None and self.signature != signature:
             raise ValueError(
                 f"this head set was found on {self.signature}, and the model is {signature}: its heads mean "

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from diffctrl.drawing.hunt import PipelineSampler
+from diffctrl.processors.universe import universe_of
 from diffctrl.scripts.bench.harness import Figure, print_table, write_report
 from diffctrl.scripts.find_headsets import Found, pairs_of, scoring_workers, search
 from diffctrl.softpag import SoftPAGConfig
-from diffctrl.softpag.headhunt import HuntConfig, Pair, Universe
+from diffctrl.softpag.headhunt import HuntConfig, Pair
 from diffctrl.softpag.headhunt.scoring import scoring_pool
 from diffctrl.zoo import registry
 
@@ -109,7 +110,7 @@ def _same(full: Found, pruned: Found) -> bool:
 def _against_the_loop(pipe: Any, call: dict[str, Any], config: HuntConfig) -> list[Figure]:
     """Some candidates in one batch, and one by one as the loop would sample them."""
     call = {name: value for name, value in call.items() if name != "guidance_scale"}
-    heads = Universe.of(pipe).heads
+    heads = universe_of(pipe).heads
     step = max(1, len(heads) // _CHECKED)
     sets = [(head,) for head in heads[::step]][:_CHECKED]
     pairs = [Pair("a red star left of a blue ring", index % 2) for index in range(len(sets))]

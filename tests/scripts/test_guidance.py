@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffctrl.processors.universe import universe_of
 from diffctrl.scripts import find_headsets
 from diffctrl.scripts.bench import softpag as bench
 from diffctrl.scripts.evaluate_guidance import RANDOM, _compare, _share
@@ -20,7 +21,7 @@ from diffctrl.scripts.evaluation_guidance import (
     unseen_pairs,
 )
 from diffctrl.softpag import Head
-from diffctrl.softpag.headhunt import HuntConfig, Universe
+from diffctrl.softpag.headhunt import HuntConfig
 from diffctrl.softpag.headset import Chosen, HeadSet
 from diffctrl.zoo import judge
 from tests import tiny
@@ -89,7 +90,7 @@ def test_a_studio_draws_what_the_pipeline_draws():
     from diffctrl.scripts.evaluation_image import to_bytes
 
     pipe, pairs = tiny.sd3_pipeline(), unseen_pairs(2)
-    heads = Universe.of(pipe).heads[:2]
+    heads = universe_of(pipe).heads[:2]
     call = {name: value for name, value in tiny.CALL.items() if name != "guidance_scale"}
     with Studio(pipe, tiny.CALL, 1, 0) as studio:
         for condition in (Condition(name="cfg", s=3.0), Condition(name="both", heads=heads, s=3.0, w=2.0)):

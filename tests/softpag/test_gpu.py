@@ -12,7 +12,8 @@ from torch import Tensor
 import diffctrl
 from diffctrl.drawing.hunt import PipelineSampler
 from diffctrl.processors import SoftPAGAttnProcessor
-from diffctrl.softpag.headhunt import HuntConfig, Pair, Universe
+from diffctrl.processors.universe import universe_of
+from diffctrl.softpag.headhunt import HuntConfig, Pair
 from tests import tiny
 from tests.helpers import build, example, run
 
@@ -61,7 +62,7 @@ def test_targets_are_those_of_the_cpu(kind: Any) -> None:
 @pytest.mark.parametrize("mode", ["batched", "prefix"])
 def test_candidates_of_several_prompts_equal_single_pictures(mode: Any) -> None:
     pipe = tiny.sd3_pipeline().to("cuda")
-    heads = Universe.of(pipe).heads
+    heads = universe_of(pipe).heads
     pairs = [Pair("a red star", 0), Pair("a blue ring", 1), Pair("a red star", 0), Pair("a blue ring", 2)]
     sets = [(heads[0],), (heads[3],), (), (heads[0], heads[2])]
     call = {name: value for name, value in tiny.CALL.items() if name != "guidance_scale"}

@@ -8,8 +8,9 @@ from PIL import Image
 import diffctrl
 from diffctrl.drawing.hunt import PipelineSampler, hunt
 from diffctrl.processors import SoftPAGAttnProcessor
+from diffctrl.processors.universe import universe_of
 from diffctrl.softpag import Head
-from diffctrl.softpag.headhunt import Goal, HuntConfig, Pair, Universe, objectives, report
+from diffctrl.softpag.headhunt import Goal, HuntConfig, Pair, objectives, report
 from diffctrl.softpag.headhunt.learned import load as load_learned
 from tests import tiny
 from tests.pipelines import denoiser, flux_pipeline, prompts, sd3_pipeline, sd_pipeline
@@ -63,7 +64,7 @@ def _loop(pipe, encode, pair, sets, config):
 def test_a_batch_of_candidates_equals_the_loop(name, settings):
     pipe, config = PIPELINES[name](), HuntConfig(**settings)
     encode, pair = _encoder(pipe, config.guidance_scale > 1), Pair("x", 5)
-    heads = Universe.of(pipe).heads
+    heads = universe_of(pipe).heads
     sets = [(), *[(head,) for head in heads[:6]], (heads[0], heads[-1], heads[3])]
     stock = [module.processor for module in denoiser(pipe).modules() if hasattr(module, "processor")]
     expected = _loop(pipe, encode, pair, sets, config)
@@ -82,7 +83,7 @@ def test_a_batch_of_candidates_equals_the_loop(name, settings):
     assert not any(module._forward_pre_hooks for module in denoiser(pipe).modules())
     # Two runs; each step has rows for e (with CFG), c and p, and the first one shares e and c.
     cfg = config.guidance_scale > 1
-    blocks = sum(layers for name, layers, _ in Universe.of(pipe).signature.stacks if name != "attn2")
+    blocks = sum(layers for name, layers, _ in universe_of(pipe).signature.stacks if name != "attn2")
     rows = 4 * len(sets) * (2 + cfg) - (len(sets) - 1) * (1 + cfg)
     assert counts.block_rows == 2 * blocks * rows
     assert counts.block_calls == 2 * blocks * 4
@@ -107,7 +108,7 @@ def test_a_batch_of_candidates_equals_the_loop(name, settings):
 def test_every_target_and_mode_can_be_searched(name, settings):
     pipe, config = PIPELINES[name](), HuntConfig(**settings)
     encode, pair = _encoder(pipe, config.guidance_scale > 1), Pair("x", 5)
-    heads = Universe.of(pipe).heads
+    heads = universe_of(pipe).heads
     for sets in ([(heads[2],), (heads[3],), (), (heads[2], heads[3])], [(heads[0],), (heads[-1],)], [()]):
         expected = _loop(pipe, encode, pair, sets, config)
         sampler = PipelineSampler(pipe, config, CALL, encode=encode, output_type="latent")
@@ -119,7 +120,7 @@ def test_every_target_and_mode_can_be_searched(name, settings):
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_prefixes_are_not_computed_twice(name):
     pipe = PIPELINES[name]()
-    encode, universe = _encoder(pipe, False), Universe.of(pipe)
+    encode, universe = _encoder(pipe, False), universe_of(pipe)
     for layer in range(universe.layers):
         sets = [(head,) for head in universe.heads if head.layer == layer]
         config = HuntConfig(mode="prefix", guidance_scale=0.0)
@@ -178,7 +179,10 @@ def test_planted_head_is_found_first_on_a_model(planted, tmp_path):
     assert headset.rounds[0]["candidates"][headset_index(headset, planted)]["mean"] == pytest.approx(
         0, abs=1e-6
     )
-    assert headset.check(pipe).sampling["scheduler"]["class"] == "FlowMatchEulerDiscreteScheduler"
+    assert (
+        headset.check(universe_of(pipe).signature).sampling["scheduler"]["class"]
+        == "FlowMatchEulerDiscreteScheduler"
+    )
     with diffctrl.apply(pipe, SoftPAGAttnProcessor(headset.first(1), u=1.0)):
         pass
 

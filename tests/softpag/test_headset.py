@@ -5,8 +5,9 @@ import json
 import pytest
 
 from diffctrl.processors import SoftPAGAttnProcessor
+from diffctrl.processors.universe import universe_of
 from diffctrl.softpag import Head
-from diffctrl.softpag.headhunt import HuntConfig, Universe
+from diffctrl.softpag.headhunt import HuntConfig
 from diffctrl.softpag.headset import Chosen, HeadSet, Signature
 from tests.helpers import build
 from tests.softpag.hunting import UNIVERSE, search
@@ -100,11 +101,11 @@ def _numbers(name):
 def test_a_set_of_another_model_is_refused(headset):
     assert headset.check(UNIVERSE.signature) is headset
     with pytest.raises(ValueError, match=r"found on Toy\(blocks 3 x 4\).*SD3Transformer2DModel"):
-        headset.check(build("sd3"))
-    own = HeadSet(chosen=headset.chosen, signature=Universe.of(build("sd3")).signature)
-    assert own.check(build("sd3")) is own
+        headset.check(universe_of(build("sd3")).signature)
+    own = HeadSet(chosen=headset.chosen, signature=universe_of(build("sd3")).signature)
+    assert own.check(universe_of(build("sd3")).signature) is own
     with pytest.raises(ValueError, match=r"attn2"):  # SD3.5 has a stack more
-        own.check(build("sd3.5"))
+        own.check(universe_of(build("sd3.5")).signature)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_damaged_files_are_refused(headset, change):
 
 def test_universes_of_real_models():
     def heads(name):
-        return [str(head) for head in Universe.of(build(name)).heads]
+        return [str(head) for head in universe_of(build(name)).heads]
 
     assert heads("flux") == [f"L{layer}H{head}" for layer in range(4) for head in range(2)]
     with_second = heads("sd3.5")
@@ -133,7 +134,7 @@ def test_universes_of_real_models():
     assert with_second[-4:] == ["attn2:L0H0", "attn2:L0H1", "attn2:L1H0", "attn2:L1H1"]
     assert len(heads("wan")) == 4  # cross-attention is never perturbed
     for name in ("unet", "cogvideox", "hunyuan_video", "mochi", "ltx"):
-        universe = Universe.of(build(name))
+        universe = universe_of(build(name))
         assert (
             len(universe.heads)
             == len(set(universe.heads))

@@ -10,8 +10,8 @@ import pytest
 import diffctrl
 from diffctrl.pipelines import SoftPAGGuidance
 from diffctrl.processors import SoftPAGAttnProcessor
+from diffctrl.processors.universe import universe_of
 from diffctrl.softpag import Head, SoftPAGConfig, library
-from diffctrl.softpag.headhunt import Universe
 from diffctrl.softpag.headset import Chosen, HeadSet
 from diffctrl.zoo import registry
 from tests.helpers import shared
@@ -20,7 +20,7 @@ from tests.helpers import shared
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of sets for the tiny SD3 model."""
-    signature = Universe.of(shared("sd3")).signature
+    signature = universe_of(shared("sd3")).signature
     folder = tmp_path / "sets" / "tiny"
     folder.mkdir(parents=True)
     for name, heads in (("quality", (Head(1, 1), Head(2, 0))), ("style-soft", (Head(0, 0),))):
@@ -88,7 +88,7 @@ def test_shipped_sets_belong_to_embedded_models() -> None:
 
         config = registry.path(name) / "transformer"
         model: Any = diffusers.SD3Transformer2DModel
-        found.check(model.from_config(model.load_config(config)))
+        found.check(universe_of(model.from_config(model.load_config(config))).signature)
         assert found.pairs
         assert found.objective["name"]
         assert set(found.sampling) >= {"steps", "scheduler", "dtype"}

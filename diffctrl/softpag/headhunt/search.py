@@ -97,6 +97,7 @@ class Search:
         self._goal, self._engine, self._log, self._on_progress = goal, engine, log, on_progress
         self._configuration = configuration(config, setting, goal.describe())
         self.computed = 0  # jobs that this run carried out; the rest came from the log
+        self._before: dict[Head, dict[int, float]] = {}  # what the last race knows
 
     def run(self) -> HeadSet:
         """Run all rounds.
@@ -133,8 +134,7 @@ class Search:
         if self._config.halving and len(self._pairs) > 1:
             pool, dropped = self._better_half(number, selected, pool)
         elif self._config.prune and self._goal.bounds is not None:
-            race = Race(pool, base[:, 0].tolist(), self._goal.bounds, self._config.top)
-            pool, dropped = self._still_possible(number, selected, pool, race)
+            pool, dropped = self._still_possible(number, selected, pool, base[:, 0].tolist())
         values = as_array(self._values(number, selected, pool, self._pairs), pool)
         scores, current = summarise(self._goal, values, base)
         ranked = sorted(
@@ -147,8 +147,7 @@ class Search:
                 f"({sum(score.nans > 0 for score in scores)} with NaN, "
                 f"{sum(score.excluded for score in scores)} below a floor)"
             )
-        gain = best[0][1].difference
-        stop = self._config.stop_early and gain is not None and gain <= 0
+        stop = self._config.stop_early and current.mean is not None and -best[0][1].order <= current.mean
         entry: dict[str, Any] = {
             "round": number,
             "selected": [str(head) for head in selected],
@@ -188,15 +187,25 @@ class Search:
         return [head for head in pool if head in kept], dropped
 
     def _still_possible(
-        self, number: int, selected: tuple[Head, ...], pool: list[Head], race: Race
+        self, number: int, selected: tuple[Head, ...], pool: list[Head], base: list[float]
     ) -> tuple[list[Head], list[dict[str, Any]]]:
         """Candidates that a race scores on every pair, and what is recorded of the others."""
-        pairs = [self._pairs[index] for index in race.order]
-        heads, count = race.next()
-        while heads:
-            table = self._values(number, selected, heads, pairs[:count])
-            race.tell({head: [value[0] for value in table[head]] for head in heads})
-            heads, count = race.next()
+        assert self._goal.bounds is not None
+        race = Race(
+            pool,
+            base,
+            self._goal.bounds,
+            self._config.top,
+            before={head: row for head, row in self._before.items() if head in pool},
+            # Where it is the only one to be chosen, a head that does not beat the set ends the search.
+            floor=_mean(base) if self._config.stop_early and self._config.top == 1 else None,
+            batch=self._config.batch,
+        )
+        while cells := race.next():
+            jobs = {cell: Job(number, selected, cell[0], self._pairs[cell[1]]) for cell in cells}
+            found = self._carried_out(number, list(jobs.values()))
+            race.tell({cell: found[job][0] for cell, job in jobs.items()})
+        self._before = race.values
         empty = dict.fromkeys(("mean", "error", "difference", "difference_error"))
         dropped = [
             {"head": str(head), **empty, "pairs": scored, "at_most": bound}
@@ -208,7 +217,16 @@ class Search:
         self, number: int, selected: tuple[Head, ...], candidates: Sequence[Head | None], pairs: list[Pair]
     ) -> _Table:
         """Values of every (candidate, pair), from the log or computed now."""
-        jobs = [Job(number, selected, head, pair) for pair in pairs for head in candidates]
+        found = self._carried_out(
+            number, [Job(number, selected, head, pair) for pair in pairs for head in candidates]
+        )
+        table: _Table = {head: [] for head in candidates}
+        for job, value in found.items():
+            table[job.head].append(value)
+        return table
+
+    def _carried_out(self, number: int, jobs: list[Job]) -> dict[Job, tuple[float, ...]]:
+        """The values of some jobs, from the log or computed now."""
         keys = {job: job.key(self._configuration) for job in jobs}
         missing = [job for job in jobs if self._log.get(keys[job]) is None]
         done = len(jobs) - len(missing)
@@ -226,13 +244,13 @@ class Search:
 
         if missing:
             self._engine.run(units_of(missing, self._config.batch, self._universe.depth), on_unit)
-        table: _Table = {head: [] for head in candidates}
+        found = {}
         for job in jobs:
             value = self._log.get(keys[job])
             if value is None:
                 raise RuntimeError(f"the engine did not carry out {job.head or 'the set'} on {job.pair}")
-            table[job.head].append(value)
-        return table
+            found[job] = value
+        return found
 
     def _headset(self, chosen: list[Chosen], rounds: list[dict[str, Any]]) -> HeadSet:
         return HeadSet(
@@ -246,6 +264,12 @@ class Search:
             rounds=tuple(rounds),
             approximations=("halving",) if self._config.halving else (),
         )
+
+
+def _mean(values: list[float]) -> float | None:
+    """As `Score.mean`: None where a value is NaN."""
+    mean = math.fsum(values) / len(values)
+    return mean if math.isfinite(mean) else None
 
 
 def _means(values: Any, goal: Goal) -> dict[str, float | None]:
