@@ -36,7 +36,7 @@ class Curriculum:
         """The length of the next chunk: the one that is furthest behind its share of the time."""
         self._unlock(fraction)
         open_lengths = self.lengths[: self.unlocked]
-        weights = {length: 2.0 if length <= EVERY_TASK else 1.0 for length in open_lengths}
+        weights = {length: 3.0 if length <= EVERY_TASK else 1.0 for length in open_lengths}
         weights[open_lengths[-1]] += 1.0
         return min(open_lengths, key=lambda length: self.seconds.get(length, 0.0) / weights[length])
 
