@@ -73,8 +73,9 @@ def test_the_long_clip_of_the_readme_is_repeated_from_its_file(
     path = _only(tmp_path / "out")
     shown = run("info", path)
     assert shown.exit_code == 0
+    said = "".join(shown.stdout.split())  # the table folds long values
     for text in (PROMPT, "33, 16 a second", "radial(", "long.safetensors"):
-        assert text in shown.stdout.replace("\n", " ")
+        assert text.replace(" ", "") in said
     assert json.loads(run("info", path, "--json").stdout)["lora"]["name"] == str(length_lora)
     again = run("generate", "--from", path, "--out", tmp_path / "again")
     assert again.exit_code == 0, again.stderr
