@@ -43,9 +43,9 @@ class Candidates:
     block_calls: int = 0
     block_rows: int = 0
 
-    def begin(self, sets: Sequence[Sequence[Head]], groups: Sequence[int]) -> None:
-        """A new batch."""
-        self.sets, self.groups, self.alike = tuple(tuple(each) for each in sets), tuple(groups), True
+    def begin(self, sets: Sequence[Sequence[Head]], groups: Sequence[int], *, shared: bool = True) -> None:
+        """A new batch; `shared` runs rows that are alike once."""
+        self.sets, self.groups, self.alike = tuple(tuple(each) for each in sets), tuple(groups), shared
 
     @property
     def perturbs(self) -> bool:

@@ -146,7 +146,9 @@ class Studio:
         """Draw and begin to judge; `samples` of the pictures are kept."""
         self.encode([pair.prompt for pair in pairs])
         began, cfg = time.monotonic(), condition.s > 1
-        config = HuntConfig(u=condition.u, w=condition.w, guidance_scale=condition.s, mode="prefix")
+        config = HuntConfig(
+            u=condition.u, w=condition.w, guidance_scale=condition.s, mode="prefix", steady=False
+        )
 
         def encode(prompt: str) -> dict[str, Tensor]:
             found = self._encoded[prompt]

@@ -80,6 +80,13 @@ def headhunt(
         int | None,
         typer.Option(help="Processes that score beside the sampling. [default: on a GPU, one per core]"),
     ] = None,
+    steady: Annotated[
+        bool,
+        typer.Option(
+            help="Batches of one size, short ones filled up: the same scores to the bit in any order. Off, "
+            "the first step is shared, and on a GPU scores differ by rounding."
+        ),
+    ] = True,
     full: Annotated[
         bool,
         typer.Option("--full", help="Score every head on every pair, also those that cannot win any more."),
@@ -118,6 +125,7 @@ def headhunt(
                 "stop_early": stop_early,
                 "halving": halving,
                 "prune": not full,
+                "steady": steady,
             },
             model=model,
             guidance_scale=guidance_scale,

@@ -41,7 +41,7 @@ class PipelineSampler:
 
     Args:
         pipe: a diffusers text-to-image pipeline; stays under the control until `close`.
-        config: u, w, scope, guidance scale.
+        config: u, w, scope, guidance scale, and the rows of a batch where they are steady.
         call: further arguments of the pipeline's call: steps, size.
         universe: of the pipeline; read off it where it is not given.
         encode: prompt -> arguments; by default the prompt's embeddings, for pipelines whose encoder diffctrl
@@ -61,6 +61,7 @@ class PipelineSampler:
     ) -> None:
         self._pipe, self._call, self._output_type = pipe, dict(call), output_type
         self._guidance_scale = config.guidance_scale
+        self._rows = config.batch if config.steady else None  # of every batch; None is any number
         self._encode = encode or _encoder(pipe, config, self._call)
         self._encoded: dict[str, Mapping[str, Any]] = {}
         self.candidates = Candidates()
@@ -76,9 +77,21 @@ class PipelineSampler:
         self._stack.close()
 
     def sample(self, pairs: Sequence[Pair], sets: Sequence[tuple[Head, ...]]) -> Any:
-        """One picture per pair of prompt and seed, with the set of perturbed heads at its place."""
+        """One picture per pair of prompt and seed, with the set of perturbed heads at its place.
+
+        Raises:
+            ValueError: there are more than fit into a batch of the rows that all must have.
+        """
+        count = len(pairs)
+        if self._rows is not None:
+            if count > self._rows:
+                raise ValueError(
+                    f"{count} pictures in one batch of {self._rows}; raise batch, or steady=False"
+                )
+            pairs = [*pairs, *[pairs[-1]] * (self._rows - count)]
+            sets = [*sets, *[sets[-1]] * (self._rows - count)]
         places = {pair: index for index, pair in enumerate(dict.fromkeys(pairs))}
-        self.candidates.begin(sets, [places[pair] for pair in pairs])
+        self.candidates.begin(sets, [places[pair] for pair in pairs], shared=self._rows is None)
         encoded = [self._encoding(pair.prompt) for pair in pairs]
         arguments = {name: _joined([each[name] for each in encoded]) for name in encoded[0]}
         # On the CPU whatever the device, one generator per row: a seed means the same noise in any batch.
@@ -97,7 +110,7 @@ class PipelineSampler:
                 output_type=self._output_type,
                 return_dict=False,
             )
-        return output[0]
+        return output[0][:count]
 
     def _encoding(self, prompt: str) -> Mapping[str, Any]:
         if prompt not in self._encoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def samples(plan: HuntPlan, found: HeadSet) -> Image:
         "no guidance",
         *(f"round {number}: {len(heads)} heads" for number, heads in zip(rounds, sets[1:], strict=True)),
     ]
-    sampler = PipelineSampler(plan.load(), plan.config, plan.call)
+    sampler = PipelineSampler(plan.load(), replace(plan.config, steady=False), plan.call)
     try:
         lines = [
             (

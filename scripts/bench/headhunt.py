@@ -116,7 +116,7 @@ def _against_the_loop(pipe: Any, call: dict[str, Any], config: HuntConfig) -> li
     pairs = [Pair("a red star left of a blue ring", index % 2) for index in range(len(sets))]
     pictures, seconds = [], []
     for mode, parts in (("prefix", [slice(None)]), ("batched", [slice(i, i + 1) for i in range(len(sets))])):
-        sampler = PipelineSampler(pipe, replace(config, mode=mode), call)
+        sampler = PipelineSampler(pipe, replace(config, mode=mode, steady=False), call)
         began = time.monotonic()
         made = [sampler.sample(pairs[part], sets[part]).float().cpu() for part in parts]
         seconds.append(time.monotonic() - began)

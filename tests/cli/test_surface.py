@@ -80,6 +80,8 @@ SURFACE = {
         "--engine",
         "--address",
         "--scorers",
+        "--steady",
+        "--no-steady",
         "--full",
         "--stop-early",
         "--no-stop-early",

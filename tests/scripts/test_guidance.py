@@ -117,7 +117,7 @@ def test_a_studio_draws_what_the_pipeline_draws():
 
 def test_a_search_counts_what_ran():
     pipe = tiny.sd3_pipeline()
-    config = HuntConfig(rounds=1, top=1, mode="prefix", batch=8, prune=False)
+    config = HuntConfig(rounds=1, top=1, mode="prefix", batch=8, prune=False, steady=False)
     call = {**tiny.CALL, "num_inference_steps": 2}
     found = find_headsets.search(
         pipe, "style:soft", "shapes-sd3", call, find_headsets.pairs_of("style:soft", 2), config

@@ -7,6 +7,7 @@ import random
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -314,13 +315,15 @@ def test_halving_is_cheaper_and_says_so(reference):
 
 
 def test_cost_is_what_is_computed():
-    planned = cost(UNIVERSE, PAIRS, CONFIG, steps=4)
+    planned = cost(UNIVERSE, PAIRS, replace(CONFIG, steady=False), steps=4)
     assert planned.images == JOBS
     assert planned.naive_forwards == JOBS * 4 * 2
     assert planned.batches == (1 + 12) + (1 + 10) + (1 + 8) + 1
     # In a batch of 5, 2 or 3 pairs share their first conditional row; 12, 10 and 8 heads, and the sets.
     leaders = (3 * 8 + 5) + (2 * 8 + 6 + 5) + (2 * 8 + 5) + 5
     assert planned.forwards == planned.naive_forwards - (JOBS - leaders)
+    # Batches of one size are full, or filled up.
+    assert cost(UNIVERSE, PAIRS, CONFIG, steps=4).forwards == planned.batches * 5 * 4 * 2
 
 
 @pytest.mark.parametrize(

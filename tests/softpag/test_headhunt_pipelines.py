@@ -1,5 +1,7 @@
 """HeadHunter on tiny pipelines: batches of candidates equal the loop, and leave nothing behind."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -62,7 +64,7 @@ def _loop(pipe, encode, pair, sets, config):
     ],
 )
 def test_a_batch_of_candidates_equals_the_loop(name, settings):
-    pipe, config = PIPELINES[name](), HuntConfig(**settings)
+    pipe, config = PIPELINES[name](), HuntConfig(steady=False, **settings)
     encode, pair = _encoder(pipe, config.guidance_scale > 1), Pair("x", 5)
     heads = universe_of(pipe).heads
     sets = [(), *[(head,) for head in heads[:6]], (heads[0], heads[-1], heads[3])]
@@ -106,7 +108,7 @@ def test_a_batch_of_candidates_equals_the_loop(name, settings):
     ],
 )
 def test_every_target_and_mode_can_be_searched(name, settings):
-    pipe, config = PIPELINES[name](), HuntConfig(**settings)
+    pipe, config = PIPELINES[name](), HuntConfig(steady=False, **settings)
     encode, pair = _encoder(pipe, config.guidance_scale > 1), Pair("x", 5)
     heads = universe_of(pipe).heads
     for sets in ([(heads[2],), (heads[3],), (), (heads[2], heads[3])], [(heads[0],), (heads[-1],)], [()]):
@@ -123,7 +125,7 @@ def test_prefixes_are_not_computed_twice(name):
     encode, universe = _encoder(pipe, False), universe_of(pipe)
     for layer in range(universe.layers):
         sets = [(head,) for head in universe.heads if head.layer == layer]
-        config = HuntConfig(mode="prefix", guidance_scale=0.0)
+        config = HuntConfig(mode="prefix", guidance_scale=0.0, steady=False)
         sampler = PipelineSampler(pipe, config, CALL, encode=encode, output_type="latent")
         sampler.sample([Pair("x", 1)] * len(sets), sets)
         sampler.close()
@@ -133,12 +135,100 @@ def test_prefixes_are_not_computed_twice(name):
         print(f"{name} L{layer}: {rows} block rows, {len(sets) * 4 * 2 * universe.layers} one by one")
 
 
+@pytest.fixture
+def rows_decide_the_rounding(monkeypatch):
+    """As on a GPU, where products of another number of rows go to another kernel: sums in another order."""
+    plain = torch.nn.functional.linear
+
+    def linear(states, weight, bias=None):
+        if states.ndim < 3 or (states.shape[0] // 4) % 2 == 0:
+            return plain(states, weight, bias)
+        return plain(states.flip(-1), weight.flip(-1), bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+
+
+@pytest.mark.parametrize("mode", ["prefix", "batched"])
+@pytest.mark.parametrize("name", ["sd3.5", "flux"])
+def test_a_picture_does_not_depend_on_its_batch(name, mode, rows_decide_the_rounding):
+    """To the bit, in batches of one number of rows; without, the planted kernel shows."""
+    pipe = PIPELINES[name]()
+    encode, heads = _encoder(pipe, False), universe_of(pipe).heads
+    config = HuntConfig(mode=mode, guidance_scale=0.0, batch=5)
+    pair, other, own = Pair("x", 1), Pair("y", 2), (heads[3],)
+    # Alone, beside others of its pair, and last among deeper and shallower ones of another.
+    batches = [
+        [(pair, own)],
+        [(pair, own), (pair, (heads[4],)), (pair, (heads[2], heads[-1]))],
+        [(other, (heads[-1],)), (other, (heads[0],)), (other, ()), (pair, own)],
+    ]
+
+    def drawn(config):
+        sampler = PipelineSampler(pipe, config, CALL, encode=encode, output_type="latent")
+        found = []
+        for batch in batches:
+            pairs, sets = zip(*batch, strict=True)
+            found.append(sampler.sample(pairs, sets)[batch.index((pair, own))])
+        sampler.close()
+        return found, sampler.candidates
+
+    found, counts = drawn(config)
+    assert all(torch.equal(found[0], each) for each in found[1:])
+    loose, fewer = drawn(replace(config, steady=False))
+    assert not all(torch.equal(loose[0], each) for each in loose[1:])
+    assert fewer.block_rows < counts.block_rows  # rows that fill a batch up are counted
+    with pytest.raises(ValueError, match="6 pictures in one batch of 5"):
+        PipelineSampler(pipe, config, CALL, encode=encode).sample([pair] * 6, [own] * 6)
+
+
+class _Fine:
+    """Reads the last bits of a picture, and has bounds."""
+
+    name, version, bounds = "fine", "1", (0.0, 1.0)
+
+    def score(self, images, prompts):
+        return [0.5 + 0.5 * float(torch.sin(30 * image.double().sum())) for image in images]
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_search_that_leaves_out_sees_the_pictures_of_one_that_does_not(steady, rows_decide_the_rounding):
+    pipe, call = sd3_pipeline("sd3"), {**CALL, "num_inference_steps": 2}
+    pairs, encode = [Pair("x", seed) for seed in range(7)], _encoder(pipe, False)
+    full, pruned = (
+        hunt(
+            pipe,
+            pairs,
+            Goal((_Fine(),)),
+            HuntConfig(rounds=2, top=1, u=1.0, mode="prefix", batch=4, steady=steady, prune=prune),
+            call=call,
+            encode=encode,
+            output_type="latent",
+        )
+        for prune in (False, True)
+    )
+    values = [
+        {
+            (entry["round"], each["head"]): each["mean"]
+            for entry in found.rounds
+            for each in entry["candidates"]
+        }
+        for found in (full, pruned)
+    ]
+    scored = {key for key, mean in values[1].items() if mean is not None}
+    assert len(scored) < len(values[0])
+    same = all(values[1][key] == values[0][key] for key in scored)
+    assert same == steady  # to the bit; without steady batches the planted kernel shows
+    if steady:
+        assert full.chosen == pruned.chosen
+
+
 def test_rows_that_start_apart_are_noticed():
     pipe = sd3_pipeline("sd3")
     embeds = {name: value.repeat(2, 1, 1) if value.ndim == 3 else value.repeat(2, 1) for name, value in
               prompts(pipe).items() if not name.startswith("negative")}  # fmt: skip
     embeds["prompt_embeds"][1] += 1
-    sampler = PipelineSampler(pipe, HuntConfig(), CALL, encode=lambda prompt: embeds, output_type="latent")
+    config = HuntConfig(steady=False)
+    sampler = PipelineSampler(pipe, config, CALL, encode=lambda prompt: embeds, output_type="latent")
     with pytest.raises(RuntimeError, match="start from different values"):
         sampler.sample([Pair("x", 0)] * 2, [(Head(0, 0),), (Head(0, 1),)])
     sampler.close()

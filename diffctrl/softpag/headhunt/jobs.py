@@ -31,6 +31,10 @@ class HuntConfig:
         mode: how twins are run, as in `SoftPAGConfig`; it changes the time, not the pictures.
         guidance_scale: classifier-free guidance during the search; 1 is off, as published.
         batch: candidates that are sampled together. It does not change what is found.
+        steady: every batch has `batch` rows in every forward: short ones are filled with repeated rows, and
+            the first step is not shared. On a GPU the kernel, and with it the rounding, depends on the number
+            of rows; so a picture is the same to the bit whatever else is in its batch, and a search that
+            leaves candidates out sees the pictures of one that does not.
         stop_early: end before a round whose best candidate does not beat the current set.
         prune: stop scoring a candidate once full marks on the pairs that are left could not bring it among
             the chosen. Exact: the same heads with the same scores. It needs a goal of one objective whose
@@ -52,6 +56,7 @@ class HuntConfig:
     mode: str = "batched"
     guidance_scale: float = 1.0
     batch: int = 16
+    steady: bool = True
     stop_early: bool = False
     prune: bool = True
     halving: bool = False

@@ -30,8 +30,9 @@ class Cost:
     Attributes:
         images: pictures.
         batches: of them.
-        forwards: rows through the denoiser, shared first steps counted once; with mode "prefix" the perturbed
-            half of them is shorter, as far as the first perturbed block is deep.
+        forwards: rows through the denoiser, with those that fill batches up, and shared first steps counted
+            once; with mode "prefix" the perturbed half of them is shorter, as far as the first perturbed
+            block is deep.
         naive_forwards: rows when each picture is sampled alone.
     """
 
@@ -53,9 +54,10 @@ def cost(universe: Universe, pairs: Sequence[Pair], config: HuntConfig, steps: i
             units = units_of(jobs, config.batch, universe.depth)
             images, batches = images + len(jobs), batches + len(units)
             leaders += sum(len({job.pair for job in unit.jobs}) for unit in units)
-    rows = images * steps * (3 if cfg else 2)
-    shared = (images - leaders) * (2 if cfg else 1)
-    return Cost(images, batches, rows - shared, rows)
+    each = steps * (3 if cfg else 2)
+    if config.steady:
+        return Cost(images, batches, batches * config.batch * each, images * each)
+    return Cost(images, batches, images * each - (images - leaders) * (2 if cfg else 1), images * each)
 
 
 class Search:
