@@ -31,7 +31,7 @@ _SMOKE_SD3: dict[str, Any] = {
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; `arguments` as on the command line, without the program's name."""
     began = time.monotonic()
-    from diffctrl.scripts.training_image_flow import FlowOptions, train_flow
+    from diffctrl.scripts.training_image_flow import ImageFlowOptions, train_flow
     from diffctrl.scripts.training_image_pack import assemble, disassemble
     from diffctrl.scripts.training_image_vae import VaeOptions, train_vae
     from diffctrl.scripts.training_loop import CaptureFailed
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     add_options(commands.add_parser("vae", help="first stage: the autoencoder"), VaeOptions)
     sd3 = commands.add_parser("sd3", help="second stage: transformer and text encoders, resumable")
-    add_options(sd3, FlowOptions)
+    add_options(sd3, ImageFlowOptions)
     sd3.add_argument("--evaluate", type=Path, help="when the budget is spent, evaluate and write this JSON")
     building = commands.add_parser("assemble", help="build the pipeline folder out of a pack")
     building.add_argument("pack", type=Path)
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
             evaluation = options.pop("evaluate")
             options = with_smoke(options, _SMOKE_SD3)
             options.setdefault("commit", commit())
-            flow = FlowOptions(**options)
+            flow = ImageFlowOptions(**options)
             if train_flow(flow, since=began) and evaluation is not None:
                 _evaluate(flow, evaluation)
         elif command == "disassemble":
