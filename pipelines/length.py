@@ -109,7 +109,7 @@ def load_length_lora(
     _check_base(lora, model, path, strict=strict)
     if settings and (not mask or lora.radial is None):
         raise BadRequestError(f"{', '.join(settings)} change a mask, and none is put on here")
-    sites = _adapted(model)
+    sites = adapted(model)
     modules = [site.module for site in sites]
     if (other := marked(modules[0])) is not None:
         raise ValueError(
@@ -137,7 +137,7 @@ def unload_length_lora(pipe: Any) -> None:
         ValueError: the pipeline has none, or it is fused.
     """
     model = _one_denoiser(pipe)
-    modules = [site.module for site in _adapted(model)]
+    modules = [site.module for site in adapted(model)]
     loaded = marked(modules[0])
     if loaded is None:
         raise ValueError("this pipeline has no length LoRA; `load_length_lora` loads one")
@@ -170,7 +170,7 @@ def base_of(model: nn.Module, name: str) -> Base:
 
 def sample_of(model: nn.Module) -> list[float]:
     """Some weights of the first query projection, evenly spaced; none of quantised or absent ones."""
-    layer: Any = next(module.to_q for site in _adapted(model) if hasattr(module := site.module, "to_q"))
+    layer: Any = next(module.to_q for site in adapted(model) if hasattr(module := site.module, "to_q"))
     weight = getattr(layer, "base_layer", layer).weight
     if not weight.is_floating_point() or weight.device.type == "meta":
         return []
@@ -223,7 +223,7 @@ def _one_denoiser(pipe: Any) -> Any:
     return model
 
 
-def _adapted(model: nn.Module) -> list[Site]:
+def adapted(model: nn.Module) -> list[Site]:
     """Sites whose attention can be adapted, under a control or not."""
     return adaptable(family_of(model), sites_of(model))
 

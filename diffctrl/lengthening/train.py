@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 import diffctrl
 from diffctrl.drawing import environment
 from diffctrl.errors import BadRequestError
-from diffctrl.length import LengthLoRA, write
+from diffctrl.length import LengthLoRA, Loaded, mark, unmark, write
 from diffctrl.lengthening.checkpoints import Checkpoints
 from diffctrl.lengthening.encoded import EncodedClips
 from diffctrl.lengthening.log import Log
 from diffctrl.lengthening.plan import TrainPlan
-from diffctrl.pipelines.length import base_of
+from diffctrl.pipelines.length import adapted, base_of
 from diffctrl.processors import RadialAttnProcessor
 
 ADAPTER = "length"
@@ -163,9 +163,16 @@ class Training:
         self.accelerator.wait_for_everyone()
         return plan.lora_path
 
-    def masked(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def masked(self) -> Iterator[None]:
         """The transformer under the plan's mask, or dense by the best kernel of the device."""
-        return diffctrl.apply(self.model.transformer, processor(self.plan.mask))
+        modules = [site.module for site in adapted(self.model.transformer)]
+        mark(modules, Loaded(lora=self.described(), adapter=ADAPTER))  # no mask without its LoRA
+        try:
+            with diffctrl.apply(self.model.transformer, processor(self.plan.mask)):
+                yield
+        finally:
+            unmark(modules)
 
     def step(self, step: int, wrapped: Any) -> tuple[float, float]:
         """One update; returns (mean loss of this process, norm of the gradients before they are clipped)."""
