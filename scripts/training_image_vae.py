@@ -1,8 +1,6 @@
 """First stage of the image model: the autoencoder."""
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,12 @@ from diffctrl.zoo import worlds
 from diffctrl.zoo.models import ImageSize, image_vae
 
 from .training_image_data import image_pool, rendered_chunks, sample_scenes, worker_count
-from .training_loop import Clock, StepRunner, say, training_device
-from .training_optimizer import Optimizer, learning_rate_at
+from .training_loop import say, training_device
+from .training_vae import float16_weights, run_vae_training, vae_objective
 
 SMOKE_SIZE = ImageSize(
     latent_size=16, vae_channels=(16, 32), layers=2, heads=2, head_dim=32, positions=16, text_width=32
 )
-_EDGE_WEIGHT = 0.5
-_KL_WEIGHT = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,119 +66,21 @@ def train_vae(options: VaeOptions, *, since: float) -> dict[str, Any]:
     vae = vae.to(device).train()
     if device.type == "cuda":
         vae = vae.to(memory_format=torch.channels_last)
-    training = _VaeTraining(vae, pool, options, device)
-    steps = training.run(since)
+    objective = vae_objective(
+        lambda x: vae.encoder(x).chunk(2, dim=1), vae.decoder, channels_last=device.type == "cuda"
+    )
+    latent_shape = (vae.config.latent_channels, size.latent_size, size.latent_size)
+    steps, minutes = run_vae_training(vae, pool, objective, latent_shape, options, since)
     del pool
-    return _finish(vae, training, scenes, options, steps=steps, pixels=pixels, since=since)
-
-
-class _VaeTraining:
-    """The step, its tensors and the loop of this stage."""
-
-    def __init__(self, vae: nn.Module, pool: Tensor, options: VaeOptions, device: torch.device) -> None:
-        self.options, self.device, self.pool, self.vae = options, device, pool, vae
-        self.optimizer = Optimizer(dict(vae.named_parameters()), kind="adamw")
-        self.kl_weight = torch.full((), _KL_WEIGHT, device=device)
-        self.totals = torch.zeros(4, device=device)
-        self.clock = Clock(options.minutes * 60)
-        objective = _objective(vae, channels_last=device.type == "cuda")
-        compiled = options.compile and device.type == "cuda"
-        self.objective = torch.compile(objective, dynamic=False) if compiled else objective
-        side = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
-        self.latent_shape = (options.batch, vae.config.latent_channels, side, side)
-
-    def step(self) -> None:
-        """One update from random pictures of the pool."""
-        self.optimizer.zero_grad()
-        index = torch.randint(len(self.pool), (self.options.batch,), device=self.device)
-        noise = torch.randn(self.latent_shape, device=self.device)
-        images = self.pool.index_select(0, index)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False
-        ):
-            parts = self.objective(images, noise)
-        loss = parts[0] + parts[1] + _EDGE_WEIGHT * parts[2] + self.kl_weight * parts[3]
-        loss.backward()
-        self.optimizer.step()
-        self.totals.add_(parts.detach())
-
-    def run(self, since: float) -> int:
-        """Train to the end of the budget; returns the number of steps."""
-        runner = StepRunner(self.step, self.device, graph=self.options.graph)
-        self.optimizer.set_learning_rate(self.options.learning_rate / 100)
-        runner.prepare()
-        say("step compiled" + (" and captured" if self.options.graph else ""), since=since)
-        self.totals.zero_()
-        done, chunk = runner.WARM_UP, 4 if self.options.smoke else 50
-        self.clock.start()
-        report = self.clock.elapsed_seconds
-        reported = done
-        while not self.clock.finished:
-            rate = learning_rate_at(
-                self.clock.fraction,
-                done,
-                peak=self.options.learning_rate,
-                warmup_steps=4 if self.options.smoke else 200,
-            )
-            self.optimizer.set_learning_rate(rate)
-            self.kl_weight.fill_(_KL_WEIGHT * (1.0 if self.clock.fraction < 0.7 else 0.5))
-            runner.run(chunk)
-            done += chunk
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            if self.clock.elapsed_seconds - report > 10 or self.clock.finished:
-                absolute, square, edge, kl = (self.totals / (done - reported)).tolist()
-                speed = (done - reported) / (self.clock.elapsed_seconds - report)
-                say(
-                    f"vae step {done}  L1 {absolute:.4f}  MSE {square:.5f}  edge {edge:.4f}  KL {kl:.2f}  "
-                    f"lr {rate:.1e}  {speed:.1f} steps/s  {speed * self.options.batch:.0f} pictures/s",
-                    since=since,
-                )
-                self.totals.zero_()
-                report, reported = self.clock.elapsed_seconds, done
-        return done
-
-
-def _objective(vae: nn.Module, *, channels_last: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss terms of bytes (B, 3, H, W) with latent noise (B, C, h, w): (4,) float32."""
-
-    def objective(images: Tensor, noise: Tensor) -> Tensor:
-        target = images.float() / 127.5 - 1.0
-        if channels_last:
-            target = target.contiguous(memory_format=torch.channels_last)
-        mean, log_variance = vae.encoder(target).float().chunk(2, dim=1)
-        log_variance = log_variance.clamp(-30.0, 20.0)
-        latents = mean + (0.5 * log_variance).exp() * noise
-        difference = vae.decoder(latents).float() - target
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
-        edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
-        return torch.stack([difference.abs().mean(), difference.square().mean(), edges, kl.mean()])
-
-    return objective
-
-
-def _finish(
-    vae: nn.Module,
-    training: _VaeTraining,
-    scenes: worlds.Scenes,
-    options: VaeOptions,
-    *,
-    steps: int,
-    pixels: int,
-    since: float,
-) -> dict[str, Any]:
-    weights = {name: value.detach().half().cpu().contiguous() for name, value in vae.state_dict().items()}
-    if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
-        raise SystemExit("the trained autoencoder has weights that float16 cannot hold")
+    weights = float16_weights(vae)
     save_file(weights, options.out / "vae.safetensors")
-    size = SMOKE_SIZE if options.smoke else ImageSize()
     rounded: Any = image_vae(size)
     rounded.load_state_dict({name: value.float() for name, value in weights.items()})
-    rounded.to(training.device).eval()
+    rounded.to(device).eval()
     count = 64 if options.smoke else 4096
     picked = torch.arange(count) * (len(scenes) // count)  # every stretch of the pool, so both worlds
-    shift, scale = latent_statistics(rounded, scenes.select(picked), training.device, pixels)
-    psnr = round_trip_psnr(rounded, training.device, pixels, count=32 if options.smoke else 1000)
+    shift, scale = latent_statistics(rounded, scenes.select(picked), device, pixels)
+    psnr = round_trip_psnr(rounded, device, pixels, count=32 if options.smoke else 1000)
     facts: dict[str, Any] = {
         "scaling_factor": scale,
         "shift_factor": shift,
@@ -191,10 +89,10 @@ def _finish(
         "psnr_scenes": len(psnr),
         "steps": steps,
         "batch": options.batch,
-        "minutes": training.clock.elapsed_seconds / 60,
+        "minutes": minutes,
         "seed": options.seed,
         "smoke": options.smoke,
-        "device": torch.cuda.get_device_name() if training.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
     (options.out / "vae.json").write_text(json.dumps(facts, indent=2) + "\n")
     say(
@@ -245,8 +143,3 @@ def round_trip_psnr(
         error = F.mse_loss((decoded * 0.5 + 0.5).clamp(0, 1), images, reduction="none").mean(dim=(1, 2, 3))
         values.append(-10.0 * error.clamp_min(1e-10).log10())
     return torch.cat(values).float().cpu()
-
-
-def started() -> float:
-    """The moment that `since` counts from."""
-    return time.monotonic()

@@ -141,7 +141,7 @@ class VideoTraining(FlowTraining):
             noise = torch.randn(rows.shape, device=self.device)
             return self.forward.loss(rows, ids, noise, self.noise_levels(batch))
 
-        return Stage(batches, loss, batch, f"{frames} latent frames  ")
+        return Stage(batches, loss, batch, f"{frames} latent frame{'s' * (frames > 1)}  ")
 
     def check(self, label: str) -> None:
         """Draw unseen captions with the averaged weights and let the judge read the clips."""

@@ -1,25 +1,23 @@
 """First stage of the video model: the causal autoencoder."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffctrl.zoo import clips
 from diffctrl.zoo.video import VideoSize, latent_frames, video_vae
 
-from .training_loop import Clock, StepRunner, say, training_device
-from .training_optimizer import Optimizer, learning_rate_at
+from .training_loop import say, training_device
+from .training_vae import float16_weights, run_vae_training, vae_objective
 from .training_video_forward import decode, encode
 
 SMOKE_SIZE = VideoSize(pixels=32, vae_width=8, layers=2, heads=2, mlp=96, text_width=32)
-_EDGE_WEIGHT = 0.5
-_KL_WEIGHT = 1e-3
 _CLIP_CHUNK = 4096
 
 
@@ -100,80 +98,12 @@ def train_video_vae(options: VideoVaeOptions, *, since: float) -> dict[str, Any]
     torch.manual_seed(options.seed)
     vae: Any = video_vae(size)
     vae = vae.to(device).train()
-    clock = Clock(options.minutes * 60)
-    steps = _train(vae, pool, options, device, clock, since)
+    objective = vae_objective(lambda x: encode(vae, x), lambda z: decode(vae, z))
+    side = size.pixels // 4
+    latent_shape = (latent_frames(options.frames), vae.config.z_dim, side, side)
+    steps, minutes = run_vae_training(vae, pool, objective, latent_shape, options, since)
     del pool
-    return _finish(vae, options, device, steps=steps, minutes=clock.elapsed_seconds / 60, since=since)
-
-
-def _objective(vae: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss terms of bytes (B, T, 3, H, W) with latent noise (B, F, C, h, w): (4,) float32."""
-
-    def objective(videos: Tensor, noise: Tensor) -> Tensor:
-        target = videos.float() / 127.5 - 1.0
-        mean, log_variance = encode(vae, target)
-        mean, log_variance = mean.float(), log_variance.float().clamp(-30.0, 20.0)
-        difference = decode(vae, mean + (0.5 * log_variance).exp() * noise).float() - target
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
-        edges = difference.diff(dim=3).abs().mean() + difference.diff(dim=4).abs().mean()
-        return torch.stack([difference.abs().mean(), difference.square().mean(), edges, kl.mean()])
-
-    return objective
-
-
-def _train(
-    vae: Any, pool: Tensor, options: VideoVaeOptions, device: torch.device, clock: Clock, since: float
-) -> int:
-    on_gpu = device.type == "cuda"
-    optimizer = Optimizer(dict(vae.named_parameters()), kind="adamw")
-    weights = torch.tensor([1.0, 1.0, _EDGE_WEIGHT, _KL_WEIGHT], device=device)
-    totals = torch.zeros(4, device=device)
-    objective = _objective(vae)
-    if options.compile and on_gpu:
-        objective = torch.compile(objective, dynamic=False)
-    side = pool.shape[-1] // 4
-    latent = (options.batch, latent_frames(options.frames), vae.config.z_dim, side, side)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        index = torch.randint(len(pool), (options.batch,), device=device)
-        noise = torch.randn(latent, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-            parts = objective(pool.index_select(0, index), noise)
-        (parts * weights).sum().backward()
-        optimizer.step()
-        totals.add_(parts.detach())
-
-    runner = StepRunner(step, device, graph=options.graph)
-    optimizer.set_learning_rate(options.learning_rate / 100)
-    runner.prepare()
-    say("step compiled" + (" and captured" if options.graph else ""), since=since)
-    totals.zero_()
-    done, chunk = runner.WARM_UP, 2 if options.smoke else 50
-    reported, report = done, 0.0
-    clock.start()
-    while not clock.finished:
-        rate = learning_rate_at(
-            clock.fraction, done, peak=options.learning_rate, warmup_steps=4 if options.smoke else 200
-        )
-        optimizer.set_learning_rate(rate)
-        weights[3] = _KL_WEIGHT * (1.0 if clock.fraction < 0.7 else 0.5)
-        runner.run(chunk)
-        done += chunk
-        values = totals.tolist()  # waits for the chunk, so the clock is true
-        if clock.elapsed_seconds - report > 10 or clock.finished:
-            absolute, square, edge, kl = (value / (done - reported) for value in values)
-            speed = (done - reported) / (clock.elapsed_seconds - report)
-            say(
-                f"vae step {done}  L1 {absolute:.4f}  MSE {square:.5f}  edge {edge:.4f}  KL {kl:.2f}  "
-                f"lr {rate:.1e}  {speed:.1f} steps/s  {speed * options.batch:.0f} clips/s",
-                since=since,
-            )
-            if not sum(values) < float("inf"):
-                raise SystemExit("the loss is not finite; lower --learning-rate")
-            totals.zero_()
-            report, reported = clock.elapsed_seconds, done
-    return done
+    return _finish(vae, options, device, steps=steps, minutes=minutes, since=since)
 
 
 @torch.no_grad()
@@ -181,9 +111,7 @@ def _finish(
     vae: Any, options: VideoVaeOptions, device: torch.device, *, steps: int, minutes: float, since: float
 ) -> dict[str, Any]:
     """Round to float16, measure on unseen whole clips with that, and write both files."""
-    weights = {name: value.detach().half().cpu().contiguous() for name, value in vae.state_dict().items()}
-    if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
-        raise SystemExit("the trained autoencoder has weights that float16 cannot hold")
+    weights = float16_weights(vae)
     save_file(weights, options.out / "vae.safetensors")
     vae.load_state_dict({name: value.float() for name, value in weights.items()})
     vae.eval()
