@@ -1,8 +1,8 @@
 """Leaving out candidates that cannot be chosen any more: the same result for less.
 
 Values have bounds. A candidate's mean over all pairs is at most what it has so far with the highest value on
-each pair that is left; once that is below what enough others reach even with the lowest value on theirs, no
-outcome can bring it among the chosen.
+each pair that is left; once that is below what enough others have reached, no outcome can bring it among the
+chosen.
 
 What is expected of a picture decides when it is scored, never whether its candidate is left out. The pairs on
 which a candidate should do badly come first for it, as that is where points are lost, and no more of them are
@@ -101,33 +101,30 @@ class Race:
         found: dict[Head, tuple[int, float | None]] = {}
         for head, values in self.values.items():
             if head not in self.alive:
-                bound = self._mean(head, self._high)
+                bound = self._mean(head)
                 found[head] = len(values), bound if math.isfinite(bound) else None
         return found
 
     def _leave(self) -> None:
         """Leave out who cannot be chosen any more.
 
-        `math.fsum` rounds the exact sum, so that a bound is never on the wrong side of the mean that the
-        whole row would have, and equal means are left to the order of the candidates.
+        Only who is scored on every pair sets what the others must reach: a picture that is left may have no
+        score. `math.fsum` rounds the exact sum, so that a bound is never on the wrong side of the mean that
+        the whole row would have, and equal means are left to the order of the candidates.
         """
-        reached = sorted(
-            ((self._mean(head, self._low), -self._place[head]) for head in self.alive), reverse=True
-        )
-        needed = reached[self._top - 1] if len(reached) >= self._top else (-math.inf, 0)
-        if needed[0] > -math.inf:
-            self.alive = [
-                head for head in self.alive if (self._mean(head, self._high), -self._place[head]) >= needed
-            ]
+        done = [head for head in self.alive if len(self.values[head]) == self._count]
+        reached = sorted(((self._mean(head), -self._place[head]) for head in done), reverse=True)
+        if len(reached) >= self._top and (needed := reached[self._top - 1])[0] > -math.inf:
+            self.alive = [head for head in self.alive if (self._mean(head), -self._place[head]) >= needed]
         if self._floor is not None:
-            above = [head for head in self.alive if self._mean(head, self._high) > self._floor]
+            above = [head for head in self.alive if self._mean(head) > self._floor]
             # Where none is, the likeliest is still scored, so that the search can say what it missed by.
-            self.alive = above or sorted(self.alive, key=lambda head: -self._mean(head, self._high))[:1]
+            self.alive = above or sorted(self.alive, key=lambda head: -self._mean(head))[:1]
 
-    def _mean(self, head: Head, rest: float) -> float:
-        """The mean over all pairs where those that are left give `rest`; -inf for a candidate with a NaN."""
+    def _mean(self, head: Head) -> float:
+        """The mean over all pairs at most, full marks on those that are left; -inf with a NaN among them."""
         values = self.values[head]
-        total = math.fsum([*values.values(), *[rest] * (self._count - len(values))])
+        total = math.fsum([*values.values(), *[self._high] * (self._count - len(values))])
         return -math.inf if math.isnan(total) else total / self._count
 
     def _sum(self, head: Head) -> float:
@@ -136,9 +133,9 @@ class Race:
     def _until_out(
         self, head: Head, queue: Sequence[int], expected: Mapping[int, float], reach: float
     ) -> int:
-        """Half of the pictures that should leave a candidate out, the first of them at least.
+        """Half of the pictures that should leave a candidate out; half of all where it should stay.
 
-        Half, because asking again costs nothing, and a picture that was not needed does.
+        Half, because asking again costs little, and a picture that was not needed does.
         """
         bound = self._sum(head) + len(queue) * self._high
         for count, pair in enumerate(queue, 1):
