@@ -310,13 +310,13 @@ def test_smoke_run_lowers_the_loss_stops_and_continues(tmp_path, capsys):
         str(pack),
     ]
     command += ["--minutes", "0.25", "--pool", "64", "--keep-pool", "--warmup-steps", "5", "--chunk", "2"]
-    # A slice that is over at once does its warm-up and one save; the next call continues from it.
+    # A slice that is over at once does its warm-up, one chunk and a save; the next call continues from it.
     train_zoo_image.main([*command, "--slice-seconds", "0"])
     assert "call again" in capsys.readouterr().out
     train_zoo_image.main([*command, "--slice-seconds", "1000000", "--check-captions", "8"])
     out = capsys.readouterr().out
     assert "encoded scenes loaded" in out
-    assert "continuing at step 3" in out
+    assert "continuing at step 5" in out
     assert "last check: one exact" in out
     losses = [float(line.split("loss ")[1].split()[0]) for line in out.splitlines() if "  loss " in line]
     assert losses
