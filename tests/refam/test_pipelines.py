@@ -12,6 +12,7 @@ from diffctrl.pipelines import StableDiffusion3RefAMPipeline
 from diffctrl.pipelines.refam_input import clip_length, fitted_size, middle_frame_of, pixels_of
 from diffctrl.processors import RefAMAttnProcessor, SoftPAGAttnProcessor
 from diffctrl.refam import RefAMConfig
+from diffctrl.refam.locate import centre, peak, spatial_bias
 from diffctrl.refam.scoring import unsettled
 from tests.helpers import example, run, shared
 from tests.refam.models import PIPELINES, SIZES, flux, mochi, picture, sd3, wan
@@ -28,6 +29,8 @@ def test_every_family_grounds_pictures_of_any_size(name):
     assert found.heat.shape == (rows, columns)
     assert found.mask.shape == (30, 50)
     assert found.size == (30, 50)
+    # The middle of the strongest token, not the peak of an enlarged map.
+    assert found.point == centre(*peak(found.heat), (rows, columns), (30, 50))
     assert found.mask[int(found.point[1]), int(found.point[0])]
     left, top, right, bottom = found.box
     assert found.mask[top:bottom, left:right].sum() == found.mask.sum()
@@ -278,12 +281,36 @@ def test_memory_is_bounded_before_the_forward():
         run(shared("sd3"), example("sd3"))
 
 
+def test_directions_weigh_the_map_and_relations_do_not():
+    pairs = [("the star on the left", ["left"]), (PHRASE, []), ("the star above the ring", [])]
+    for phrase, wanted in pairs:
+        plain, biased = (sd3()(picture(), phrase, spatial_bias=on).heat for on in (False, True))
+        torch.testing.assert_close(biased, plain * spatial_bias(wanted, *plain.shape))
+
+
 def test_processors_come_back_after_an_error():
-    pipe = sd3()
-    before = [block.attn.processor for block in pipe.transformer.transformer_blocks]
-    with pytest.raises(ValueError, match="block 9"):
-        pipe(picture(), PHRASE, blocks="9")
-    assert [block.attn.processor for block in pipe.transformer.transformer_blocks] == before
+    """An error of the settings, and one in the middle of the forward; installed controls come back too."""
+    pipe = StableDiffusion3RefAMPipeline(**sd3().components)
+    blocks = pipe.transformer.transformer_blocks
+    before = [block.attn.processor for block in blocks]
+    softpag = SoftPAGAttnProcessor("L0", u=1.0)
+
+    def fail(*_):
+        raise FloatingPointError("planted")
+
+    for installed in (None, softpag):
+        pipe.set_attn_processor(installed)
+        hook = blocks[1].register_forward_hook(fail)
+        try:
+            with pytest.raises(ValueError, match="block 9"):
+                pipe(picture(), PHRASE, blocks="9")
+            with pytest.raises(FloatingPointError):
+                pipe(picture(), PHRASE)
+            assert (pipe.control.controls if pipe.control else ()) == ((softpag,) if installed else ())
+        finally:
+            hook.remove()
+            pipe.set_attn_processor(None)
+        assert all(block.attn.processor is own for block, own in zip(blocks, before, strict=True))
 
 
 def test_installed_controls_rest_while_grounding():

@@ -112,6 +112,26 @@ def test_early_blocks_have_no_vote():
     assert flags(macro, even, (0.1, 0.2), **rule).sum() == 0
 
 
+def test_a_strong_word_that_lies_on_its_object_is_no_sink():
+    """A rule by the mean alone drops it: only evenness tells it from the sink beside it."""
+    i2t = torch.full((2, 6, 4), 0.01)
+    i2t[:, 1, 2] = 0.8  # "red": one place
+    i2t[:, 3] = 0.2  # the end token: everywhere, with the same sum
+    weights = Weights(i2t, None, None, (60, 61), 64)
+    found = score(weights, TABLE, RefAMConfig(), encoder="t5")
+    assert found.sinks == (3,)
+    assert found.table.kept == (1, 2)
+    assert int(found.heat.argmax()) == 2
+
+
+def test_sinks_of_early_blocks_are_not_looked_for():
+    """The same columns, planted in the first blocks and in late ones."""
+    late, table = _sunk(["stop", "content", "content", "special"], 1)
+    early = Weights(late.i2t, None, None, (0, 22), late.count)  # 22 of 63 is a depth of 0.349
+    assert score(late, table, RefAMConfig(), encoder="t5").sinks == (1,)
+    assert score(early, table, RefAMConfig(), encoder="t5").sinks == ()
+
+
 def test_half_of_the_blocks_elect():
     votes = torch.tensor(
         [[True, True, False], [True, False, False], [False, False, False], [True, True, False]]
