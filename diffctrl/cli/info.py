@@ -62,13 +62,19 @@ def _recipe_rows(recipe: Any) -> list[tuple[str, str]]:
         ("guidance scale", f"{recipe.guidance_scale:g}"),
         ("height x width", f"{recipe.height} x {recipe.width}"),
         *([] if recipe.frames is None else [("frames", f"{recipe.frames}, {recipe.fps} a second")]),
-        *([] if recipe.lora is None else [("LoRA", f"{recipe.lora.name}, sha256 {recipe.lora.sha256}")]),
+        *([] if recipe.lora is None else [("LoRA", _lora_row(recipe))]),
         ("text length", str(recipe.max_sequence_length or "the model's own")),
         ("scheduler", f"{recipe.scheduler.get('class')}({scheduler})"),
         ("device", f"{recipe.device}, {recipe.hardware}, {recipe.dtype}"),
         ("threads", str(recipe.threads or "-")),
         ("versions", ", ".join(f"{name} {version}" for name, version in recipe.versions.items())),
     ]
+
+
+def _lora_row(recipe: Any) -> str:
+    masked = any(spec.method == "radial" for spec in recipe.controls)
+    note = "; radial settings at their defaults were the LoRA's" if masked else ""
+    return f"{recipe.lora.name}, sha256 {recipe.lora.sha256}{note}"
 
 
 def _inventory() -> dict[str, Any]:

@@ -11,13 +11,16 @@ from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
 
 
-def choose(source: ModelSource, name: str, controls: Sequence[ControlSpec]) -> tuple[LoraSpec, list[str]]:
+def choose(
+    source: ModelSource, name: str, controls: Sequence[ControlSpec], given: Sequence[str]
+) -> tuple[LoraSpec, list[str]]:
     """(the LoRA, warnings).
 
     Args:
         source: the model.
         name: of an embedded LoRA, a file, or a folder that holds one.
         controls: the methods that it runs under.
+        given: their settings that the user named, "option" or "method.option".
 
     Raises:
         BadRequestError: there is no such LoRA, or it belongs to another model or mask.
@@ -39,7 +42,7 @@ def choose(source: ModelSource, name: str, controls: Sequence[ControlSpec]) -> t
             "Python with strict=False"
         )
     if radial is not None and lora.radial is not None:
-        _, against = tuned(_config(radial), lora.radial)
+        _, against = tuned(_config(radial), lora.radial, {key.rpartition(".")[2] for key in given})
         if against:
             raise BadRequestError(
                 f"--set {against[0]}: this mask is not the one of --lora {name}; leave the setting out"

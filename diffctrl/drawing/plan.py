@@ -122,7 +122,7 @@ def make(request: Request) -> Plan:
         warnings += prompts.check(source, negative, longest, what="negative prompt")
     lora = None
     if wanted_lora != STOCK:
-        lora, more = loras.choose(source, wanted_lora, controls)
+        lora, more = loras.choose(source, wanted_lora, controls, [key for key, _ in request.settings])
         warnings += more
     _check_controls(source, controls, [text for key, text in request.settings if is_head_set(key, text)])
     return Plan(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -21,8 +21,15 @@ MASK_FIELDS = (
 )
 
 
-def tuned(config: RadialConfig, trained: Mapping[str, Any]) -> tuple[RadialConfig, list[str]]:
+def tuned(
+    config: RadialConfig, trained: Mapping[str, Any], given: Collection[str] = ()
+) -> tuple[RadialConfig, list[str]]:
     """The settings with those that were left at their defaults taken from a LoRA, and what contradicts it.
+
+    Args:
+        config: the settings.
+        trained: the LoRA's `MASK_FIELDS`.
+        given: names of settings that were not left, where that is known: a default may be what is wanted.
 
     >>> config, against = tuned(RadialConfig(decay_factor=0.5), {"decay_factor": 1.0, "block": 64})
     >>> config.block, against
@@ -31,11 +38,11 @@ def tuned(config: RadialConfig, trained: Mapping[str, Any]) -> tuple[RadialConfi
     defaults = {field.name: field.default for field in fields(RadialConfig)}
     open_, against = {}, []
     for name, value in trained.items():
-        given = getattr(config, name)
-        if given == value:
+        own = getattr(config, name)
+        if own == value:
             continue
-        if given == defaults[name]:
+        if own == defaults[name] and name not in given:
             open_[name] = value
         else:
-            against.append(f"{name}={given!r} (trained with {value!r})")
+            against.append(f"{name}={own!r} (trained with {value!r})")
     return replace(config, **open_), against

@@ -110,6 +110,10 @@ def test_compare_shows_both_clips(clip: Any, length_lora: Path, tmp_path: Path) 
         (("--lora", "length-4y"), "there is no length LoRA 'length-4y'"),
         (("--method", "radial", "--set", "decay_factor=0.5", "--lora", "LORA"), "decay_factor=0.5 (trained"),
         (
+            ("--method", "radial", "--set", "radial.block=128", "--lora", "LORA"),
+            "block=128 (trained with 16)",
+        ),
+        (
             ("--method", "radial", "--lora", "DENSE"),
             "was trained with dense attention; leave --method radial",
         ),

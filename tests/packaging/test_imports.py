@@ -10,7 +10,19 @@ import pytest
 import diffctrl
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "diffusers", "transformers", "gradio", "xformers", "peft", "triton", "flash_attn", "ray")
+HEAVY = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "gradio",
+    "xformers",
+    "peft",
+    "accelerate",
+    "av",
+    "triton",
+    "flash_attn",
+    "ray",
+)
 
 
 def _python(code, cwd, path=None):
