@@ -1,4 +1,4 @@
-"""IP-Adapter, ControlNet residuals and other backends beside SoftPAG."""
+"""IP-Adapter, LoRA, ControlNet residuals and other backends beside SoftPAG."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from diffusers.models.embeddings import (
     MultiIPAdapterImageProjection,
 )
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import diffctrl
@@ -156,6 +157,25 @@ def test_an_ip_adapter_stays_on(mode: Any) -> None:
     with diffctrl.apply(model, SoftPAGAttnProcessor(u=0.7), batch_layout="perturbed"):
         p = run(model, inputs)
     torch.testing.assert_close(guided, stock + (stock - p), rtol=1e-5, atol=1e-5)
+    assert (stock - p).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["batched", "sequential", "prefix"])
+def test_a_lora_stays_on(mode: Any) -> None:
+    """In both predictions of the guidance, and where nothing is perturbed."""
+    model, inputs = build("sd3"), example("sd3")
+    without = run(model, inputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    stock = run(model, inputs)
+    assert (stock - without).abs().max() > 1e-3
+    with diffctrl.apply(model, SoftPAGAttnProcessor("L1H0", u=0.0, mode=mode)):
+        assert torch.equal(run(model, inputs), stock)
+    with diffctrl.apply(model, SoftPAGAttnProcessor("L1H0", u=0.7), batch_layout="perturbed"):
+        p = run(model, inputs)
+    with diffctrl.apply(model, SoftPAGAttnProcessor("L1H0", u=0.7, w=1.0, mode=mode)):
+        torch.testing.assert_close(run(model, inputs), stock + (stock - p), rtol=1e-5, atol=1e-5)
     assert (stock - p).abs().max() > 1e-4
 
 

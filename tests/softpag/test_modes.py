@@ -148,13 +148,15 @@ def test_control_residuals_are_kept(mode: Any) -> None:
     for name, argument in (("sd3", "block_controlnet_hidden_states"), ("flux", "controlnet_block_samples")):
         model, inputs = shared(name), example(name)
         inputs[argument] = tuple(torch.randn(2, 35, 32, generator=generator) for _ in range(2))
-        results = []
+        stock = run(model, inputs)
+        assert (stock - run(model, example(name))).abs().max() > 1e-3
+        with diffctrl.apply(model, SoftPAGAttnProcessor("L1H0"), batch_layout="perturbed"):
+            p = run(model, inputs)
         for each in ("batched", mode):
-            with diffctrl.apply(model, SoftPAGAttnProcessor("L1H0", mode=each)):
-                results.append(run(model, inputs))
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+            with diffctrl.apply(model, SoftPAGAttnProcessor("L1H0", w=1.0, mode=each)):
+                torch.testing.assert_close(run(model, inputs), stock + (stock - p), rtol=1e-5, atol=1e-5)
         with diffctrl.apply(model, SoftPAGAttnProcessor("L1H0", mode=mode, u=0.0)):
-            assert torch.equal(run(model, inputs), model(**inputs, return_dict=False)[0])
+            assert torch.equal(run(model, inputs), stock)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "prefix"])
