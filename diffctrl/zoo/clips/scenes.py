@@ -1,12 +1,13 @@
 """What a clip is, and where its objects are at each frame."""
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..batch import TensorBatch, joined
 from .vocabulary import (
     BACK,
     BOUNCES,
@@ -14,7 +15,6 @@ from .vocabulary import (
     COUNTERCLOCKWISE,
     DIRECTIONS,
     GROWS,
-    MAX_OBJECTS,
     ORBITS,
     SHRINKS,
     THEN,
@@ -23,7 +23,7 @@ from .vocabulary import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Clips:
+class Clips(TensorBatch):
     """A batch of B clips with N = 2 object places each; the first axis of every tensor is the clip.
 
     Lengths are fractions of the side, y down; rates are per frame. Object 0 lies in front. Places at or past
@@ -66,38 +66,13 @@ class Clips:
     reach: Tensor
     phase: Tensor
 
-    def __len__(self) -> int:
-        return self.count.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.count.device
-
-    @property
-    def present(self) -> Tensor:
-        """(B, N) bool: which object places are drawn."""
-        return torch.arange(MAX_OBJECTS, device=self.device) < self.count[:, None]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its field name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "frames"}
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same clips on another device."""
-        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
-
-    def select(self, indices: Tensor | list[int] | slice) -> Self:
-        """The clips at `indices`: an int64 or bool tensor on the clips' device, a list, or a slice."""
-        return replace(self, **{name: value[indices] for name, value in self.tensors().items()})
-
 
 def concatenate(parts: list[Clips]) -> Clips:
     """One batch out of several of the same length, in their order."""
     if not parts or len({part.frames for part in parts}) != 1:
         lengths = sorted({part.frames for part in parts})
         raise ValueError(f"concatenate needs clips of one length, got lengths {lengths}")
-    merged = {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
-    return Clips(frames=parts[0].frames, **merged)
+    return Clips(frames=parts[0].frames, **joined(parts))
 
 
 class Poses(NamedTuple):

@@ -1,16 +1,14 @@
 """What a scene is: integers and floats that the renderer and the captions read."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .vocabulary import MAX_OBJECTS
+from ..batch import TensorBatch, joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Scenes:
+class Scenes(TensorBatch):
     """A batch of B scenes with N = 3 object places each; the first axis of every tensor is the scene.
 
     Positions and radii are fractions of the shorter image side, in the central square of the image, y down.
@@ -57,35 +55,10 @@ class Scenes:
     angle: Tensor
     mirror: Tensor
 
-    def __len__(self) -> int:
-        return self.count.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.count.device
-
-    @property
-    def present(self) -> Tensor:
-        """(B, N) bool: which object places are drawn."""
-        return torch.arange(MAX_OBJECTS, device=self.device) < self.count[:, None]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its field name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "world"}
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same scenes on another device."""
-        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
-
-    def select(self, indices: Tensor | list[int] | slice) -> Self:
-        """The scenes at `indices`: an int64 or bool tensor on the scenes' device, a list, or a slice."""
-        return replace(self, **{name: value[indices] for name, value in self.tensors().items()})
-
 
 def concatenate(parts: list[Scenes]) -> Scenes:
     """One batch out of several, in their order."""
     if not parts:
         raise ValueError("concatenate needs at least one batch of scenes, got an empty list")
     worlds = {part.world for part in parts}
-    merged = {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
-    return Scenes(world=worlds.pop() if len(worlds) == 1 else "mixed", **merged)
+    return Scenes(world=worlds.pop() if len(worlds) == 1 else "mixed", **joined(parts))
