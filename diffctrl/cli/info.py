@@ -1,7 +1,8 @@
-"""`diffctrl info`: what a picture or clip was made with, or what this installation can do."""
+"""`diffctrl info`: what a picture, clip, text or mask was made with, or what this installation can do."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,12 @@ from diffctrl.cli.tables import as_text, new_table
 
 
 def info(
-    file: Annotated[Path | None, typer.Argument(help="A PNG or MP4 file of `diffctrl generate`.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="A PNG or MP4 of `generate`, or a JSON of `text` or `ground`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the recipe of a picture or clip; without a file, embedded models, methods and model families."""
+    """Print the recipe of a file; without a file, embedded models, methods and model families."""
     prepare_libraries()
     with complaints():
         if file is None:
@@ -25,18 +28,61 @@ def info(
 
 
 def _print_recipe(file: Path, as_json: bool) -> None:
+    import json
+
     from rich.console import Console
 
     from diffctrl.drawing import files
 
-    recipe = files.read_recipe(file)
+    if file.suffix.lower() == ".json":
+        found = _recipe_in_json(file)
+        text, rows = json.dumps(found, ensure_ascii=False), list(_rows_of(found))
+    else:
+        recipe = files.read_recipe(file)
+        text, rows = recipe.to_json(), _recipe_rows(recipe)
     if as_json:
-        print(recipe.to_json())
+        print(text)
         return
     table = new_table(file.name)
-    for name, value in _recipe_rows(recipe):
+    for name, value in rows:
         table.add_row(name, as_text(value))
     Console().print(table)
+
+
+def _recipe_in_json(file: Path) -> dict[str, Any]:
+    """The recipe of an answer or a grounding.
+
+    Raises:
+        BadRequestError: there is no such file, or it carries none.
+    """
+    import json
+
+    from diffctrl.errors import BadRequestError
+
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadRequestError(f"there is no file {file}") from None
+    except (OSError, ValueError):
+        raise BadRequestError(f"{file} is not a JSON file that can be read") from None
+    recipe = found.get("recipe") if isinstance(found, dict) else None
+    if not isinstance(recipe, dict):
+        raise BadRequestError(
+            f"{file} carries no recipe: neither `diffctrl text --out` nor `diffctrl ground` wrote it"
+        )
+    return recipe
+
+
+def _rows_of(table: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every value of a recipe; tables and lists inside it in one cell each."""
+    for name, value in table.items():
+        parts = value if isinstance(value, list) else [value]
+        lines = [
+            ", ".join(f"{key}={each}" for key, each in part.items()) if isinstance(part, dict) else str(part)
+            for part in parts
+            if part is not None
+        ]
+        yield name.replace("_", " "), "\n".join(lines) or "-"
 
 
 def _recipe_rows(recipe: Any) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from diffctrl.catalogue import FAMILIES
 from diffctrl.methods import METHODS
 from diffctrl.zoo import registry
@@ -42,6 +44,27 @@ def test_says_of_an_embedded_model_that_its_weights_are_missing(run, tmp_path, m
     monkeypatch.setattr(registry, "_WEIGHTS", tmp_path)
     assert not json.loads(run("info", "--json").stdout)["models"]["shapes-sd3"]["here"]
     assert run("info").stdout.count("missing") == len(registry.EMBEDDED)
+
+
+def test_prints_the_recipe_of_a_text_and_of_a_grounding(run, tmp_path):
+    control = {"method": "sparsed", "settings": {"select": 0.3}}
+    recipe = {"prompt": "add 1 + 2", "controls": [control], "versions": {"torch": "2.13"}, "threads": None}
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"text": "3", "recipe": recipe}))
+    done = run("info", file)
+    assert done.exit_code == 0
+    for text in ("add 1 + 2", "method=sparsed", "torch=2.13"):
+        assert text in done.stdout
+    assert "None" not in done.stdout
+    assert json.loads(run("info", file, "--json").stdout) == recipe
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[1]", '{"recipe": 3}'])
+def test_a_json_file_without_a_recipe_is_refused(run, tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    done = run("info", tmp_path / "a.json")
+    assert done.exit_code == 2
+    assert str(tmp_path / "a.json") in done.stderr
 
 
 def test_a_file_without_a_recipe_is_refused(run, tmp_path):
