@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import diffctrl
 from diffctrl.families import Call, Site
 from diffctrl.processors import NeutralAttnProcessor, RadialAttnProcessor, RadialConfig, SoftPAGAttnProcessor
+from diffctrl.processors import radial as processor_module
 from diffctrl.radial import Layout, Pattern, block_grid, reference
 from tests.families.test_compile import Counting
 from tests.helpers import CASES, FixedScheduler, build, example, rows_of, run, shared
@@ -121,6 +123,20 @@ def test_any_resolution_and_frame_count(size: tuple[int, int, int]) -> None:
         axes = (2, frames, 4, height, width) if name == "cogvideox" else (2, 4, frames, height, width)
         inputs["hidden_states"] = torch.randn(axes, generator=generator)
         check_sites(name, inputs)
+
+
+def test_a_mask_with_every_block_on_is_the_stock_model() -> None:
+    """Of two frames each is the other's neighbour: sparse steps that leave nothing out."""
+    generator = torch.Generator().manual_seed(2)
+    for name in ("wan", "hunyuan_video", "cogvideox"):
+        inputs = example(name)
+        axes = (2, 2, 4, 6, 10) if name == "cogvideox" else (2, 4, 2, 6, 10)
+        inputs["hidden_states"] = torch.randn(axes, generator=generator)
+        stock = run(shared(name), inputs)
+        with diffctrl.apply(shared(name), RadialAttnProcessor(**{**SPARSE, "adjacent": "full"})) as handle:
+            torch.testing.assert_close(run(shared(name), inputs), stock, rtol=0, atol=1e-5)
+            (stats,) = handle.stats().values()
+        assert (stats["masked_forwards"], stats["density"]) == (1, 1)
 
 
 @pytest.mark.parametrize("rows", [(0,), (1, 0, 1)])
@@ -294,6 +310,26 @@ def test_a_mask_of_the_caller_is_refused() -> None:
         pytest.raises(ValueError, match="attention mask of its caller"),
     ):
         run(shared("cogvideox"), inputs)
+
+
+def test_a_grid_that_is_not_the_sequences_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LTX-Video is told its grid beside the tokens; of the others a wrong layout is planted."""
+    told = {**example("ltx"), "num_frames": 2}
+    with (
+        diffctrl.apply(shared("ltx"), RadialAttnProcessor(**SPARSE)),
+        pytest.raises(RuntimeError, match="45"),
+    ):
+        run(shared("ltx"), told)
+    layout_of = processor_module.layout_of
+    monkeypatch.setattr(
+        processor_module,
+        "layout_of",
+        lambda site, info, grid: replace(layout_of(site, info, grid), frames=grid[0] - 1),
+    )
+    for name in ("wan", "hunyuan_video", "mochi", "cogvideox"):
+        refused = pytest.raises(ValueError, match=r"follows from lengths|accepted is 0 to Sk")
+        with diffctrl.apply(shared(name), RadialAttnProcessor(**SPARSE)), refused:
+            run(shared(name), example(name))
 
 
 # --- sizes, models, methods side by side --------------------------------------------------------------------

@@ -34,6 +34,7 @@ from diffctrl.pipelines import (
     WanRadialPipeline,
 )
 from diffctrl.processors import RadialAttnProcessor, RadialConfig
+from diffctrl.processors.radial_estimate import subject_of
 from tests.helpers import TEXT, build
 from tests.pipelines import cogvideox_pipeline, generate, wan_pipeline
 
@@ -237,6 +238,30 @@ def test_estimates_of_real_models() -> None:
     both = RadialAttnProcessor().estimate(experts, 720, 1280, 81, 40)
     assert round(both.dense_share, 3) == round(1 - (1 - 11 / 40) * (1 - 1 / 4), 3)
     assert both.density > RadialAttnProcessor().estimate(wan, 720, 1280, 81, 40).density
+
+
+# (autoencoder's strides, model's own settings, height, width, frames) -> (latent frames, tokens of each).
+SIZES: list[tuple[str, tuple[int, int], dict[str, Any], tuple[int, int, int], tuple[int, int]]] = [
+    ("WanTransformer3DModel", (8, 4), {}, (480, 832, 81), (21, 1560)),
+    ("WanTransformer3DModel", (8, 4), {}, (720, 1280, 81), (21, 3600)),
+    ("WanTransformer3DModel", (16, 4), {}, (704, 1280, 121), (31, 880)),
+    ("HunyuanVideoTransformer3DModel", (8, 4), {"num_single_layers": 1}, (720, 1280, 129), (33, 3600)),
+    ("HunyuanVideoTransformer3DModel", (8, 4), {"num_single_layers": 1}, (768, 1280, 117), (30, 3840)),
+    ("HunyuanVideo15Transformer3DModel", (16, 4), {}, (720, 1280, 121), (31, 3600)),
+    ("MochiTransformer3DModel", (8, 6), {}, (480, 848, 163), (28, 1590)),
+    ("CogVideoXTransformer3DModel", (8, 4), {}, (480, 720, 49), (13, 1350)),
+    ("CogVideoXTransformer3DModel", (8, 4), {"patch_size_t": 2}, (768, 1360, 81), (11, 4080)),
+    ("LTXVideoTransformer3DModel", (32, 8), {}, (512, 768, 121), (16, 384)),
+]
+
+
+@pytest.mark.parametrize(("model", "strides", "config", "size", "wanted"), SIZES)
+def test_frames_and_tokens_of_real_sizes(
+    model: str, strides: tuple[int, int], config: dict[str, Any], size: tuple[int, int, int], wanted: Any
+) -> None:
+    layout = subject_of(_real(model, *strides, num_layers=2, **config), *size).layout
+    assert (layout.frames, layout.tokens) == wanted
+    assert layout.text_first == model.startswith("CogVideoX")
 
 
 def test_an_estimate_warns_where_little_is_gained(caplog: pytest.LogCaptureFixture) -> None:
