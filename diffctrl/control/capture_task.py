@@ -225,6 +225,8 @@ def _tokens(name: str, only: tuple[int, ...] | None, place: Place, device: torch
     """Positions in the sequence of some tokens of a place."""
     span, order = place
     assert span is not None
+    if only is None and order is None:
+        return Tokens(span.start, span.length)
     chosen = within(name, only, span.length)
     if order is not None:
         return Tokens.at(span.start + order.argsort(dim=1).index_select(1, _index(chosen, 0, device)))

@@ -68,12 +68,15 @@ def accumulate(parts: Iterable[Part], sinks: Iterable[Sink], valid: torch.Tensor
                 mass, log_mass = moments[i]
                 mass[..., keys] += w.sum(-2)
                 log_mass[..., keys] += torch.xlogy(w, w).sum(-2)
+    # A number of the host stays there: as a tensor it would make the host wait for the card in every block.
+    most = math.log(count) if isinstance(count, float) else count.log()
     for i, (mass, log_mass) in moments.items():
+        limit = _broadcast(most, mass.ndim)
+        if isinstance(limit, float) and limit == 0.0:  # one query is as even as can be, and says nothing
+            continue
         # -sum p log p with p = w / mass.
-        entropy = mass.log() - log_mass / mass
-        most = torch.as_tensor(count, device=mass.device).log()
-        even = entropy / _broadcast(most, mass.ndim)
-        sinks[i].total.add_(torch.where((mass > 0) & (_broadcast(most, mass.ndim) > 0), even, 0.0))
+        even = (mass.log() - log_mass / mass) / limit
+        sinks[i].total.add_(torch.where((mass > 0) & even.isfinite(), even, 0.0))
 
 
 def _broadcast(count: float | torch.Tensor, ndim: int) -> float | torch.Tensor:
