@@ -159,6 +159,23 @@ def test_gumbel_frequencies_are_those_of_the_softmax(temperature, offset):
     assert statistic < 18.5  # 0.1 % of chi-square with 4 degrees of freedom
 
 
+def test_confidence_is_free_of_noise():
+    """Half a chance each of two tokens beats a fifth each of five, however the noise that chooses falls."""
+
+    def logits(tokens):
+        found = torch.full((*tokens.shape, 8), -30.0)
+        found[..., 2:7] = 0.0
+        found[:, 5, 4:7] = -30.0
+        return found
+
+    found = _sample(
+        Stub(logits), rows=[PROMPT] * 40, gen_length=4, steps=4, block_length=4, temperature=1.5,
+        call={"seeds": 7},
+    )  # fmt: skip
+    assert {answer[1] for answer in found.answers()} == {2, 3}
+    assert {order[1] for order in found.orders()} == {0}
+
+
 def test_random_remasking_decides_in_any_order_with_the_same_tokens():
     row = [0.0, 0, 0, 0, 5.0, 1.0]
     orders = {

@@ -9,8 +9,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from diffctrl.attention import attend
-from diffctrl.sparsed import Builder, Layout, SparseDConfig, pooling
+from diffctrl.sparsed import Builder, Layout, RowBlocks, SparseDConfig, pooling
 from diffctrl.sparsed import reference as slow
+from diffctrl.sparsed import select as choose
+from diffctrl.sparsed.patterns import block_lists
 from diffctrl.sparsed.pooling import chunked_scores, mean_scores, sampled_scores
 from tests.sparsed.examples import LargestTensor, kept_sets
 
@@ -159,3 +161,18 @@ def test_rows_of_a_batch_are_built_as_if_alone():
         assert [head[:blocks] for head in together[b]] == expected
         assert all(not row for head in together[b] for row in head[blocks:])  # padding asks for nothing
         assert all(j < blocks for head in together[b] for row in head for j in row)
+
+
+def test_a_pattern_of_64k_tokens_is_small():
+    """Of 65664 tokens 155 of 513 blocks, a bit each: 26 MB for Dream's 784 heads, 34 for LLaDA's 1024."""
+    blocks = RowBlocks.of(65536, 128, 128)
+    assert (blocks.count, blocks.split) == (513, 512)
+    kept = choose(
+        torch.rand(1, 513, 513, generator=torch.Generator().manual_seed(0)), blocks, SparseDConfig()
+    )
+    assert set(kept.counts.flatten().tolist()) == {155}
+    layout = Layout.of(torch.tensor([65536]), 128, 128)
+    packed = block_lists(kept.counts[None], kept.indices[None], layout).to_bits()
+    size = packed.numel() * packed.itemsize
+    assert size == 513 * 65
+    assert [round(heads * size / 1e6) for heads in (784, 1024)] == [26, 34]
