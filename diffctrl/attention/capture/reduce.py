@@ -69,14 +69,14 @@ def accumulate(parts: Iterable[Part], sinks: Iterable[Sink], valid: torch.Tensor
                 mass[..., keys] += w.sum(-2)
                 log_mass[..., keys] += torch.xlogy(w, w).sum(-2)
     # A number of the host stays there: as a tensor it would make the host wait for the card in every block.
-    most = math.log(count) if isinstance(count, float) else count.log()
+    most = count.log() if isinstance(count, torch.Tensor) else math.log(count)
     for i, (mass, log_mass) in moments.items():
         limit = _broadcast(most, mass.ndim)
         if isinstance(limit, float) and limit == 0.0:  # one query is as even as can be, and says nothing
             continue
         # -sum p log p with p = w / mass.
-        even = (mass.log() - log_mass / mass) / limit
-        sinks[i].total.add_(torch.where((mass > 0) & even.isfinite(), even, 0.0))
+        entropy = mass.log() - log_mass / mass
+        sinks[i].total.add_(torch.where((mass > 0) & (limit > 0), entropy / limit, 0.0))
 
 
 def _broadcast(count: float | torch.Tensor, ndim: int) -> float | torch.Tensor:
