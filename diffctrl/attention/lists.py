@@ -220,7 +220,10 @@ class BlockLists:
         return clipped(self)
 
     def to_flex(self, device: torch.device | str = "cpu", *, backward: bool = True) -> Any:
-        """A FlexAttention `BlockMask` with a non-trivial `mask_mod`; `backward` adds the transposed lists."""
+        """A FlexAttention `BlockMask` with a non-trivial `mask_mod`; `backward` adds the transposed lists.
+
+        For a compiled `flex_attention`: an eager one ignores the lists and attends all.
+        """
         from .convert import to_flex
 
         return to_flex(self, torch.device(device), backward=backward)

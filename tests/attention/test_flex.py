@@ -20,6 +20,20 @@ def test_compiled_flex_keeps_to_the_lists():
     assert stats.calls == {"flex": 2}
 
 
+def test_an_eager_flex_is_refused():
+    """Uncompiled, FlexAttention ignores the lists and attends all: the self-test does not let it through."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    lengths, dim = (150, 150), 80  # a head dim of its own: what the self-test finds is kept
+    mask = random_lists((64, 64), lengths, density=0.4, heads=3, batch=2)
+    q, k, v = make_inputs(2, 3, 3, lengths, dim)
+    dense = attend(q, k, v)
+    eager = flex_attention(*(part.transpose(1, 2) for part in (q, k, v)), block_mask=mask.to_flex())
+    torch.testing.assert_close(eager.transpose(1, 2), dense, atol=1e-5, rtol=1e-5)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="'flex' is refused: self"):
+        attend(q, k, v, mask=mask, kernel="flex")
+
+
 def test_what_flex_cannot_do_on_a_cpu_is_said():
     lengths = (40, 40)
     q, k, v = make_inputs(1, 2, 2, lengths, 32, requires_grad=True)
