@@ -30,7 +30,10 @@ def test_an_eager_flex_is_refused():
     dense = attend(q, k, v)
     eager = flex_attention(*(part.transpose(1, 2) for part in (q, k, v)), block_mask=mask.to_flex())
     torch.testing.assert_close(eager.transpose(1, 2), dense, atol=1e-5, rtol=1e-5)
-    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="'flex' is refused: self"):
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(RuntimeError, match="'flex' is refused: self"),
+    ):
         attend(q, k, v, mask=mask, kernel="flex")
 
 
