@@ -1,0 +1,158 @@
+"""What a grounding costs: a whole call on FLUX.1 in its real size at 1024 px, over one forward of the model.
+
+    python -m diffctrl.scripts.bench.refam --out docs/results/refam_speed.json [--quick]
+
+Weights of transformer, autoencoder and both text encoders are random (bf16, made on the card); words are cut
+by the embedded model's tokenizers, padded to FLUX's 512. A call goes from a PIL picture and an expression to
+heat map, mask, box and point: text encoder, autoencoder, forward with captures, scoring. Magnets are encoded
+once, in the first call. Compared is a forward of the stock transformer; the parts of the call come beside. On
+a CPU, or with --quick, a tiny model without bars: does the script run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from diffctrl.pipelines import FluxRefAMPipeline
+from diffctrl.scripts.bench.capture import REAL, TINY, flux, flux_inputs, run
+from diffctrl.scripts.bench.harness import Figure, card_state, print_table, summarise, write_report
+from diffctrl.zoo import tokenizers, worlds
+
+SEED = 20264
+EXPRESSION = "the large red dotted star left of the small blue striped ring on the gray background"
+
+
+def filled(make: Callable[[], nn.Module], device: str) -> Any:
+    """A module made where it runs: matrices of small random numbers, ones in norms, zeros elsewhere."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(torch.bfloat16).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(SEED)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        for buffer in module.buffers():  # positions
+            buffer.copy_(torch.arange(buffer.numel(), device=device).view(buffer.shape))
+    return module.eval()
+
+
+def pipeline(device: str, quick: bool) -> FluxRefAMPipeline:
+    """FLUX.1 with the sizes of its published configurations."""
+    t5: dict[str, Any] = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    clip: dict[str, Any] = {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    }  # fmt: skip
+    channels: Any = (128, 256, 512, 512)
+    shape = REAL
+    if quick:
+        t5 = {"d_model": TINY.text_width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        clip |= {"num_hidden_layers": 1}
+        channels, shape = (32, 32, 32, 32), TINY
+    words_t5, words_clip = tokenizers.t5_tokenizer(worlds.WORDS), tokenizers.clip_tokenizer(worlds.WORDS)
+    words_t5.model_max_length, words_clip.model_max_length = 512, 77
+    down: Any = ("DownEncoderBlock2D",) * len(channels)
+    up: Any = ("UpDecoderBlock2D",) * len(channels)
+    transformer: Any = flux(shape, device)
+    pipe = FluxRefAMPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=filled(
+            lambda: AutoencoderKL(
+                block_out_channels=channels, latent_channels=16, layers_per_block=2,
+                down_block_types=down,
+                up_block_types=up,
+                use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
+            ),
+            device,
+        ),
+        text_encoder=filled(
+            lambda: CLIPTextModel(CLIPTextConfig(vocab_size=4096, bos_token_id=0, eos_token_id=1, **clip)),
+            device,
+        ),
+        tokenizer=words_clip,
+        text_encoder_2=filled(
+            lambda: T5EncoderModel(
+                T5Config(vocab_size=4096, feed_forward_proj="gated-gelu", dropout_rate=0.0, **t5)
+            ),
+            device,
+        ),
+        tokenizer_2=words_t5,
+        transformer=transformer,
+    )  # fmt: skip
+    pipe.default_sample_size = 128 * shape.side // REAL.side
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """(milliseconds by the host's clock, what was returned): a call ends with its result on the host."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    found = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start), found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few rounds")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quick = args.quick or device == "cpu"
+    pipe, inputs = pipeline(device, quick), flux_inputs(TINY if quick else REAL, device)
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    pixels = np.random.default_rng(SEED).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    model: Any = pipe.transformer
+    times: dict[str, list[float]] = {"forward": [], "call": []}
+    parts: dict[str, list[float]] = {}
+    for turn in range((2 if quick else args.rounds) + 2):
+        forward, _ = timed(lambda: run(model, inputs), device)
+        call, found = timed(lambda: pipe(picture, EXPRESSION), device)
+        if turn < 2:  # kernels compile and are tested, and magnets are encoded
+            continue
+        times["forward"].append(forward)
+        times["call"].append(call)
+        for name, seconds in found.timings.items():
+            parts.setdefault(name, []).append(1e3 * seconds)
+    forward, call = (summarise(times[name]) for name in ("forward", "call"))
+    figures = [
+        Figure("stock forward", forward.median, forward.low, forward.high, "ms", note=f"{side} px"),
+        Figure("grounding call", call.median, call.low, call.high, "ms"),
+        *(Figure(f"of it {name}", summarise(each).median, unit="ms") for name, each in parts.items()),
+        Figure(
+            "grounding call over forward", call.median / forward.median, call.low / forward.high,
+            call.high / forward.low, "x", None if quick else 1.3, "<=",
+        ),
+    ]  # fmt: skip
+    print_table(
+        ("figure", "value", "unit", "holds"),
+        [
+            (f.name, f"{f.value:.4g}", f.unit, "" if f.bar is None else str(f.as_dict()["holds"]))
+            for f in figures
+        ],
+    )
+    write_report(args.out, "refam_speed", figures, seeds=[SEED], card=card_state())
+
+
+if __name__ == "__main__":
+    main()
