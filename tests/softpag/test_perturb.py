@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,7 @@ import diffctrl
 from diffctrl.attention import attend
 from diffctrl.families import Call, Site
 from diffctrl.processors import SoftPAGAttnProcessor, SoftPAGConfig
+from diffctrl.processors.universe import universe_of
 from diffctrl.softpag import Head, blend_identity, guide, parse_head, parse_heads, perturbation_delta
 from tests.helpers import build, example, run, shared
 
@@ -240,6 +242,19 @@ def test_a_layer_is_one_module_and_flat_indices_run_over_both_stacks() -> None:
             ValueError, match=rf"head {wrong} does not exist in this FLUX\.1 model: layers L0-L56"
         ):
             diffctrl.apply(model, SoftPAGAttnProcessor(wrong))
+
+
+def test_layers_and_heads_of_published_models() -> None:
+    """Of SD3-medium and FLUX.1-dev, without their weights: a layer's number matches no other layer's."""
+    with torch.device("meta"):
+        sd3 = SD3Transformer2DModel(num_layers=24, num_attention_heads=24, caption_projection_dim=1536)
+        flux = FluxTransformer2DModel()
+    assert controlled(sd3, SoftPAGAttnProcessor("L1")) == ["transformer_blocks.1.attn"]
+    assert len(universe_of(sd3).heads) == 576
+    universe = universe_of(flux)
+    assert (universe.layers, len(universe.heads)) == (57, 1368)
+    assert universe.places[Head(38, 18)] == ("single_transformer_blocks.19.attn", 18)
+    assert universe.places[Head(18, 23)] == ("transformer_blocks.18.attn", 23)
 
 
 @pytest.mark.parametrize(
