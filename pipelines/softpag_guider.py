@@ -13,7 +13,9 @@ from torch import Tensor, nn
 import diffctrl
 from diffctrl.control import ControlHandle
 from diffctrl.processors import SoftPAGAttnProcessor
+from diffctrl.processors.softpag import settled
 from diffctrl.softpag import SoftPAGConfig, guidance_delta, rescaled
+from diffctrl.softpag.headset import HeadSet
 
 COND, UNCOND, PERTURBED = "pred_cond", "pred_uncond", "pred_cond_perturbed"
 
@@ -50,8 +52,8 @@ class SoftPAGGuidance(BaseGuidance):
         base: a guider of diffusers that treats the conditional and unconditional predictions instead, such as
             `AdaptiveProjectedGuidance` or `ClassifierFreeZeroStarGuidance`, with a scale of its own.
             w (c - p) is added to what it gives.
-        heads: which heads, as in 'L3H1,L4=0.7', or the name of a shipped set; None for the default of
-            `SoftPAGConfig`.
+        heads: which heads, as in 'L3H1,L4=0.7', a `HeadSet`, or the name of a shipped one; None for the
+            default of `SoftPAGConfig`.
         u, w, kind, scope, path, query_mean, sigma, temperature, difference, apg_parallel, apg_norm,
             apg_momentum, rescale: as in `SoftPAGConfig`.
         start, stop: the half-open part of the run in which heads are perturbed; step 0 is in [0, 1).
@@ -69,8 +71,8 @@ class SoftPAGGuidance(BaseGuidance):
         self,
         guidance_scale: float | None = None,
         heads: Any = None,
-        u: float = 0.5,
-        w: float = 3.0,
+        u: float | None = None,
+        w: float | None = None,
         kind: str = "identity",
         scope: str = "joint",
         path: str = "linear",
@@ -105,6 +107,9 @@ class SoftPAGGuidance(BaseGuidance):
         }
         self.settings = SoftPAGConfig(heads=heads, start_fraction=start, stop_fraction=stop, **options)
         named = self.settings.heads
+        if isinstance(named, HeadSet):  # JSON keeps names, so that u and w of the set are written beside them
+            self.settings = self.settings.with_set(named)
+            self.register_to_config(u=self.settings.u, w=self.settings.w)
         if named is not None:  # as text, which JSON keeps
             self.register_to_config(heads=named if isinstance(named, str) else ",".join(map(str, named)))
         self._base = _base_guider(base)
@@ -118,6 +123,7 @@ class SoftPAGGuidance(BaseGuidance):
         self.guidance_scale = 7.5 if guidance_scale is None else guidance_scale
         self._current: str | None = None
         self._handle: ControlHandle | None = None
+        self._settled = self.settings  # with what a head set of the model says
         self._denoiser: nn.Module | None = None
         self._on = False
         self._memory: dict[str, Any] = {}
@@ -166,6 +172,8 @@ class SoftPAGGuidance(BaseGuidance):
         if self._handle is None or self._denoiser is not denoiser:
             processor = SoftPAGAttnProcessor(config=self.settings)
             self._handle = diffctrl.apply(denoiser, processor, batch_layout="perturbed")
+            (context,) = self._handle.contexts.values()
+            self._settled = settled(self.settings, list(context.sites.values()))
             self._denoiser = denoiser
         else:
             self._handle.resume()
@@ -207,7 +215,7 @@ class SoftPAGGuidance(BaseGuidance):
             uncond = pred_uncond.to(wide)
             pred = uncond + self.guidance_scale * (cond - uncond)
         if pred_cond_perturbed is not None:
-            pred = pred + guidance_delta(self.settings, cond, pred_cond_perturbed.to(wide), self._memory)
+            pred = pred + guidance_delta(self._settled, cond, pred_cond_perturbed.to(wide), self._memory)
             if self.settings.rescale:
                 pred = rescaled(pred, cond, self.settings.rescale)
         return GuiderOutput(pred=pred.to(pred_cond.dtype), pred_cond=pred_cond, pred_uncond=pred_uncond)

@@ -85,7 +85,8 @@ class CandidateSoftPAGAttnProcessor(SoftPAGAttnProcessor):
         return self._resting
 
     def describe(self) -> str:
-        return f"headhunt({len(self._universe.heads)} heads, u={self.config.u:g}, w={self.config.w:g})"
+        config = self.config
+        return f"headhunt({len(self._universe.heads)} heads, u={config.strength:g}, w={config.scale:g})"
 
     def check(self, sites: Sequence[Site]) -> None:
         # The base resolves `config.heads`, which is not read here, but its rules on settings hold.
@@ -120,7 +121,7 @@ class CandidateSoftPAGAttnProcessor(SoftPAGAttnProcessor):
                 name, index = self._universe.places[head]
                 if name not in weights:
                     weights[name] = torch.zeros(twins, context.sites[name].heads)
-                weights[name][row, index] = self.config.u
+                weights[name][row, index] = self.config.strength
         return Published(key, {name: self._made(weight, first, info) for name, weight in weights.items()})
 
     def _made(self, weight: Tensor, first: int, info: ForwardInfo) -> Any:

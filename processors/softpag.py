@@ -12,7 +12,7 @@ from torch import Tensor
 from diffctrl.control import Context, Contributions, Published, Rows
 from diffctrl.families import Call, Site
 from diffctrl.processors.base import ControlAttnProcessor, published
-from diffctrl.processors.universe import universe_of_sites
+from diffctrl.processors.universe import signature_of_sites
 from diffctrl.softpag import (
     Head,
     SoftPAGConfig,
@@ -24,6 +24,7 @@ from diffctrl.softpag import (
     rescaled,
 )
 from diffctrl.softpag.config import LAYER_KINDS
+from diffctrl.softpag.headset import HeadSet
 from diffctrl.softpag.layers import faded, reordered, shuffled
 
 
@@ -53,8 +54,11 @@ class _Guidance:
     def remembers(self) -> bool:
         return bool(self._config.apg_momentum)
 
-    def delta(self, cond: Tensor, perturbed: Tensor, memory: MutableMapping[str, Any]) -> Tensor:
-        return guidance_delta(self._config, cond, perturbed, memory)
+    def delta(
+        self, context: Context, cond: Tensor, perturbed: Tensor, memory: MutableMapping[str, Any]
+    ) -> Tensor:
+        config = settled(self._config, list(context.sites.values()))
+        return guidance_delta(config, cond, perturbed, memory)
 
     def finish(self, prediction: Tensor, cond: Tensor) -> Tensor:
         return rescaled(prediction, cond, self._config.rescale)
@@ -98,8 +102,15 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
     def describe(self) -> str:
         config = self.config
         heads = "default" if config.heads is None else config.heads
+        if isinstance(heads, HeadSet):
+            config = config.with_set(heads)
+        named = isinstance(heads, str)
         heads = heads if isinstance(heads, str) else ",".join(map(str, heads))
-        parts = [f"heads={heads}", f"u={config.u:g}", f"w={config.w:g}", f"scope={config.scope}"]
+        u, w = (
+            "default" if value is None and named else f"{used:g}"
+            for value, used in ((config.u, config.strength), (config.w, config.scale))
+        )
+        parts = [f"heads={heads}", f"u={u}", f"w={w}", f"scope={config.scope}"]
         for field in fields(config):
             value = getattr(config, field.name)
             shown = ("heads", "u", "w", "scope", "start_fraction", "stop_fraction")
@@ -133,6 +144,11 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
                         f"{site.family.title} model attends image tokens alone; use 'all' or 'img'"
                     )
 
+    def on(self, sites: Sequence[Site]) -> SoftPAGAttnProcessor:
+        """The same with u and w of the head set of this model where the settings say none."""
+        used = settled(self.config, sites)
+        return type(self)(config=replace(self.config, u=used.strength, w=used.scale))
+
     def select(self, sites: Sequence[Site]) -> list[Site]:
         strengths = self._strengths(sites)
         return [site for site in sites if site.name in strengths]
@@ -147,7 +163,8 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
                 if site.stack in family.stacks:
                     by_index[None, family.flat_layer(list(sites), site)] = site
         flat = sorted(layer for stack, layer in by_index if stack is None)
-        heads = self._named(sites)
+        config = settled(self.config, sites)
+        heads: Any = config.heads
         if heads is None:  # PAG's own place in a UNet is the middle block; a transformer has none
             middle = tuple(Head(layer, stack="mid") for stack, layer in by_index if stack == "mid")
             heads = middle or (Head(flat[len(flat) * 3 // 8]),)
@@ -162,21 +179,9 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
                 )
             strength = strengths.setdefault(site.name, torch.zeros(site.heads))
             strength[slice(None) if head.head is None else head.head] = (
-                self.config.u if head.u is None else head.u
+                config.strength if head.u is None else head.u
             )
         return strengths
-
-    def _named(self, sites: Sequence[Site]) -> tuple[Head, ...] | None:
-        """The heads that the settings name, those of a shipped set, or None where neither says anything."""
-        heads = self.config.heads
-        if heads is not None and not isinstance(heads, str):
-            return heads
-        signature = universe_of_sites(sites, sites[0].family.model_class().__name__).signature
-        if heads is not None:
-            return tuple(library.find(heads, signature))
-        # A set was found by perturbing towards the values; for another target a layer is as good a guess.
-        shipped = library.default(signature) if self.config.kind == "identity" else None
-        return None if shipped is None else tuple(shipped)
 
     def prepare(self, context: Context, previous: Published | None) -> Published | None:
         rows, info = context.rows, context.info
@@ -287,3 +292,25 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
     @staticmethod
     def _grid(site: Site) -> tuple[int, int, int]:
         return site.family.site_grid(site.context.grid(), site)
+
+
+def settled(config: SoftPAGConfig, sites: Sequence[Site]) -> SoftPAGConfig:
+    """The settings as they are used on a model: with heads, u and w of the head set that they name.
+
+    Raises:
+        ValueError: the set is of a model of another shape, or there is none of this name.
+    """
+    heads = config.heads
+    if isinstance(heads, tuple):
+        return config
+    signature = signature_of_sites(sites, sites[0].family.model_class().__name__)
+    if isinstance(heads, HeadSet):
+        return config.with_set(heads.check(signature))
+    if isinstance(heads, str):
+        return config.with_set(library.find(heads, signature))
+    # A set was found by perturbing towards the values; for another target a layer is as good a guess.
+    shipped = library.default(signature) if config.kind == "identity" else None
+    return config if shipped is None else config.with_set(shipped)
+
+
+__all__ = ["SoftPAGAttnProcessor", "settled"]

@@ -3,8 +3,9 @@
     python -m diffctrl.scripts.evaluate_guidance --out docs/results/guidance.json --pictures docs/pictures
 
 Unseen prompts, the same noise in every condition, 95 % intervals. The head sets are those that the package
-ships, found on other prompts (`find_headsets.py`); the single layer that plain PAG perturbs is the best one
-on such prompts too. Random sets have the size of HeadHunter's, one for each prompt.
+ships, found on other prompts (`find_headsets.py`), at the u and w that they carry. On such prompts the peers
+get their best scale too: the default layer, and plain PAG its best layer with it. Random sets have the size,
+u and w of HeadHunter's, one for each prompt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,9 @@ from diffctrl.scripts.evaluation_guidance import (
     unseen_pairs,
 )
 from diffctrl.scripts.evaluation_image import share
-from diffctrl.scripts.find_headsets import pairs_of, scoring_workers
-from diffctrl.softpag import library
+from diffctrl.scripts.find_headsets import SCALES, pairs_of, scoring_workers
+from diffctrl.softpag import SoftPAGConfig, library
+from diffctrl.softpag.config import DEFAULT_U
 from diffctrl.softpag.headhunt import Pair
 from diffctrl.softpag.headset import HeadSet
 from diffctrl.zoo import registry
@@ -42,7 +45,7 @@ TOPIC = "guidance"
 NONE, CFG, SOFT, LAYER = "no guidance", "CFG 3", "SoftPAG, default layer", "PAG, best layer"
 RANDOM, HUNTED, BOTH = "random heads", "HeadHunter's heads", "CFG 3 + HeadHunter's heads"
 SOFT_BOTH = "CFG 3 + SoftPAG, default layer"
-SCALES = (1.0, 2.0, 4.5, 6.0)  # besides 0 and 3, which the conditions have
+CURVE = (0.0, 1.0, 1.5, 2.0, 3.0, 4.5, 6.0)
 _SHOWN = 6
 
 
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
             library.find(library.DEFAULT, signature) if options.heads is None else HeadSet.load(options.heads)
         )
         hunted.check(signature)
-        _announce(options, call, len(hunted))
+        _announce(options, call, len(hunted), studio.universe.layers)
         drawn = _quality(studio, hunted, options, figures)
         curves = _curves(studio, hunted, drawn, options, figures)
         _styles(studio, options, figures)
@@ -93,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--curve", type=int, default=256, help="prompts of each point of the scale curve")
     parser.add_argument("--styles", type=int, default=512, help="prompts for each style; they name none")
     parser.add_argument("--search", type=int, default=96, help="other prompts, to choose the single layer")
-    parser.add_argument("--u", type=float, default=0.5)
-    parser.add_argument("--w", type=float, default=3.0)
+    parser.add_argument("--u", type=float, help="of the head sets; default: what each was found with")
+    parser.add_argument("--w", type=float, help="of the head sets; default: what each carries")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, help="denoising steps; default as recommended")
     parser.add_argument("--device", help="default: cuda where there is one")
@@ -106,10 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _announce(options: argparse.Namespace, call: dict[str, Any], size: int) -> None:
+def _announce(options: argparse.Namespace, call: dict[str, Any], size: int, layers: int) -> None:
     steps = call["num_inference_steps"]
-    rows = options.n * 17 + options.search * 16 + options.curve * len(SCALES) * 6
-    rows += options.styles * (3 + 2 * len(vocabulary.STYLES))
+    rows = options.n * 17 + options.search * 2 * (layers + 1) * len(SCALES) + options.curve * len(CURVE) * 6
+    rows += options.styles * (1 + 4 * len(vocabulary.STYLES))
     print(
         f"{size} heads, {steps} steps, about {rows * steps:,} rows through the denoiser at most", flush=True
     )
@@ -125,15 +128,17 @@ def _quality(
     """Every condition on the same prompts and noise."""
     pairs = unknown_to(unseen_pairs(options.n), [hunted])
     heads, layers = tuple(hunted), _layers(studio)
-    middle = layers[len(layers) * 3 // 8]
-    best, shares = _best_layer(studio, layers, options)
-    common = {"u": options.u, "w": options.w}
+    print("scales of the peers, on search prompts")
+    middle = len(layers) * 3 // 8
+    soft = _best(studio, layers[middle : middle + 1], DEFAULT_U, options)
+    layer = _best(studio, layers, 1.0, options)
+    common = _carried(hunted, options)
     conditions = (
         Condition(name=NONE),
         Condition(name=CFG, s=3.0),
-        Condition(name=SOFT, heads=middle, **common),
-        Condition(name=SOFT_BOTH, heads=middle, s=3.0, **common),
-        Condition(name=LAYER, heads=layers[best], u=1.0, w=options.w),
+        Condition(name=SOFT, heads=soft.heads, u=DEFAULT_U, w=soft.w),
+        Condition(name=SOFT_BOTH, heads=soft.heads, u=DEFAULT_U, w=soft.w, s=3.0),
+        Condition(name=LAYER, heads=layer.heads, u=1.0, w=layer.w),
         Condition(name=RANDOM, heads=random_sets(studio.universe, len(heads), len(pairs)), **common),
         Condition(name=HUNTED, heads=heads, **common),
         Condition(name=BOTH, heads=heads, s=3.0, **common),
@@ -141,10 +146,10 @@ def _quality(
     print("conditions")
     drawn = {each.name: studio.draw(each, pairs, samples=_SHOWN) for each in conditions}
     notes = {
-        LAYER: f"layer {best}, u = 1; on {options.search} search prompts the layers have "
-        + ", ".join(f"{value:.2f}" for value in shares),
-        RANDOM: f"sets of {len(heads)}, one for each prompt",
-        HUNTED: f"{hunted}, u = {options.u:g}, w = {options.w:g}",
+        SOFT: soft.told,
+        LAYER: layer.told,
+        RANDOM: f"sets of {len(heads)}, one for each prompt, at the same u and w",
+        HUNTED: f"{hunted}, u = {common['u']:g}, w = {common['w']:g}",
     }
     for name, pictures in drawn.items():
         figures.append(_share(f"exact: {name}", [read.exact for read in pictures.reads], notes.get(name, "")))
@@ -167,16 +172,34 @@ def _layers(studio: Studio) -> list[Set]:
     return [tuple(head for head in heads if head.layer == layer) for layer in range(studio.universe.layers)]
 
 
-def _best_layer(studio: Studio, layers: list[Set], options: argparse.Namespace) -> tuple[int, list[float]]:
-    """The layer whose full perturbation obeys the search prompts best, and the mean share of each."""
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The heads and scale of a peer that obey the search prompts best, and what was tried."""
+
+    heads: Set
+    w: float
+    told: str
+
+
+def _best(studio: Studio, sets: list[Set], u: float, options: argparse.Namespace) -> Best:
+    """The set and scale with the largest mean share of right facts; of equal ones the first, at the least."""
     pairs = pairs_of(library.DEFAULT, options.search)
-    print("layers, on search prompts")
-    drawn = [
-        studio.draw(Condition(name=f"layer {index}", heads=heads, u=1.0, w=options.w), pairs)
-        for index, heads in enumerate(layers)
-    ]
-    shares = [mean_interval([read.share for read in each.reads])[0] for each in drawn]
-    return max(range(len(layers)), key=lambda index: shares[index]), shares
+    tried = {}
+    for heads in sets:
+        for scale in SCALES:
+            name = f"layer {heads[0].layer}, u = {u:g}, w = {scale:g}"
+            drawn = studio.draw(Condition(name=name, heads=heads, u=u, w=scale), pairs)
+            tried[heads, scale] = mean_interval([read.share for read in drawn.reads])[0]
+    heads, scale = max(tried, key=lambda each: tried[each])
+    shares = ", ".join(f"{tried[heads, each]:.3f} at {each:g}" for each in SCALES)
+    where = f"layer {heads[0].layer}, u = {u:g}, w = {scale:g}"
+    return Best(heads, scale, f"{where}, the best on {options.search} search prompts ({shares})")
+
+
+def _carried(found: HeadSet, options: argparse.Namespace) -> dict[str, float]:
+    """u and w of a head set: what it carries, or what the command line says."""
+    config = SoftPAGConfig(u=options.u, w=options.w).with_set(found)
+    return {"u": config.strength, "w": config.scale}
 
 
 def _compare(drawn: dict[str, Drawn], figures: list[Figure]) -> None:
@@ -203,10 +226,11 @@ def _curves(
     curves: dict[str, list[tuple[float, float, float, float]]] = {}
     for name in (HUNTED, RANDOM, SOFT):
         base = drawn[name][1].condition
-        points = {0.0: drawn[NONE][1].reads[: len(pairs)], options.w: drawn[name][1].reads[: len(pairs)]}
-        for scale in SCALES:
-            condition = Condition(name=f"{name}, w = {scale:g}", heads=base.heads, u=base.u, w=scale)
-            points[scale] = studio.draw(condition, pairs).reads
+        points = {0.0: drawn[NONE][1].reads[: len(pairs)], base.w: drawn[name][1].reads[: len(pairs)]}
+        for scale in CURVE:
+            if scale not in points:
+                condition = Condition(name=f"{name}, w = {scale:g}", heads=base.heads, u=base.u, w=scale)
+                points[scale] = studio.draw(condition, pairs).reads
         curves[name] = []
         for scale, reads in sorted(points.items()):
             value, low, high, _ = share([read.exact for read in reads])
@@ -224,27 +248,31 @@ def _styles(studio: Studio, options: argparse.Namespace, figures: list[Figure]) 
         print("styles: no head sets are shipped")
         return
     signature = studio.universe.signature
-    found = {style: library.find(f"style:{style}", signature) for style in known}
+    found = {style: library.stored(f"style:{style}", signature) for style in known}
     pairs = unknown_to(styleless_pairs(options.styles), found.values())
     print("styles")
     stock = studio.draw(Condition(name="no guidance"), pairs)
-    sets = {style: tuple(headset) for style, headset in found.items()}
-    common = {"u": options.u, "w": options.w}
-    sizes = max(len(heads) for heads in sets.values())
-    others = random_sets(studio.universe, sizes, len(pairs))
-    chance = studio.draw(Condition(name="random heads", heads=others, **common), pairs)
-    for style, heads in sets.items():
-        guided = studio.draw(Condition(name=f"heads of {style}", heads=heads, **common), pairs)
-        for name, pictures in (
-            ("no guidance", stock),
-            (f"{sizes} random heads", chance),
-            ("its heads", guided),
-        ):
+    for style, headset in found.items():
+        figures.append(_share(f"style {style}: no guidance", [read.style == style for read in stock.reads]))
+        if not len(headset):
+            note = "the search found no head that does better than no guidance; the set is refused where used"
+            figures.append(Figure(f"style {style}: heads in its set", 0, note=note))
+            continue
+        heads, common = tuple(headset), _carried(headset, options)
+        others = random_sets(studio.universe, len(heads), len(pairs))
+        at = f"u = {common['u']:g}, w = {common['w']:g}"
+        conditions = {
+            f"{len(heads)} random heads": Condition(name=f"random heads, {at}", heads=others, **common),
+            "its heads": Condition(name=f"heads of {style}, {at}", heads=heads, **common),
+        }
+        drawn = {name: studio.draw(condition, pairs) for name, condition in conditions.items()}
+        guided = drawn["its heads"]
+        for name, pictures in drawn.items():
             flags = [read.style == style for read in pictures.reads]
-            figures.append(_share(f"style {style}: {name}", flags))
+            figures.append(_share(f"style {style}: {name}", flags, at))
         value, low, high = paired(guided, stock, lambda read, style=style: 100.0 * (read.style == style))
         name = f"style {style}: its heads minus no guidance"
-        figures.append(Figure(name, value, low, high, "points", note=",".join(map(str, heads))))
+        figures.append(Figure(name, value, low, high, "points", note=f"{headset}, {at}"))
         note = "lower end of the interval of the paired difference"
         figures.append(Figure(f"{name}, at least", low, unit="points", bar=0.1, note=note))
         value, low, high, _ = share([read.exact for read in guided.reads])

@@ -3,7 +3,8 @@
     python -m diffctrl.scripts.find_headsets --out diffctrl/softpag/headsets
 
 Writes OUT/<model>/<name>.json, where `heads="quality"` and `heads="style:soft"` find them, and a table of
-what each search cost. u and w are the defaults of SoftPAG, so that a set is used as it was found.
+what each search cost. The set that was found is drawn at several scales w on the prompts of its search; the
+best of them is written into it, and is the one at which it is used.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import argparse
 import contextlib
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ from diffctrl.drawing.hunt_plan import built_in_prompts
 from diffctrl.drawing.source import ModelSource
 from diffctrl.processors.universe import universe_of
 from diffctrl.scripts.bench.harness import print_table
-from diffctrl.softpag import SoftPAGConfig
+from diffctrl.softpag.config import DEFAULT_U
 from diffctrl.softpag.headhunt import (
     Evaluator,
+    Goal,
     HuntConfig,
     InProcess,
+    Job,
     JobLog,
     Pair,
     Search,
@@ -36,6 +40,8 @@ from diffctrl.softpag.headhunt import (
     cost,
     parse_goal,
 )
+from diffctrl.softpag.headhunt.jobs import units_of
+from diffctrl.softpag.headhunt.ranking import as_array, summarise
 from diffctrl.softpag.headhunt.scoring import scoring_pool
 from diffctrl.softpag.headset import HeadSet
 from diffctrl.zoo import registry
@@ -43,6 +49,7 @@ from diffctrl.zoo.worlds import vocabulary
 
 QUALITY = "quality"
 NAMES = (QUALITY, *(f"style:{style}" for style in vocabulary.STYLES))
+SCALES = (1.0, 1.5, 2.0, 3.0)
 _POOL = 4
 _STYLE_SEED = 10_000  # a style search has prompts and noise of its own
 
@@ -75,7 +82,7 @@ def search(
 ) -> Found:
     """One search on a loaded pipeline."""
     began, universe = time.monotonic(), universe_of(pipe)
-    goal = parse_goal(["judge" if name == QUALITY else name])
+    goal = _goal(name)
     call = {key: value for key, value in call.items() if key != "guidance_scale"}
     dtype = str(pipe.transformer.dtype).removeprefix("torch.")
     setting = Setting(
@@ -103,6 +110,42 @@ def search(
         naive_block_rows=full.naive_forwards * blocks if rounds == config.rounds else 0,
         seconds=time.monotonic() - began,
     )
+
+
+def at_best_scale(
+    pipe: Any,
+    headset: HeadSet,
+    goal: Goal,
+    config: HuntConfig,
+    call: dict[str, Any],
+    scales: Sequence[float] = SCALES,
+    scorers: int | Executor = 0,
+) -> HeadSet:
+    """The set with the scale at which it does best on the pairs of its search; of equal ones the least."""
+    if not len(headset):
+        return headset
+    universe, pairs = universe_of(pipe), [Pair(prompt, seed) for prompt, seed in headset.pairs]
+    jobs = [Job(0, headset.heads, None, pair) for pair in pairs]
+    call = {key: value for key, value in call.items() if key != "guidance_scale"}
+    tried = []
+    for scale in scales:
+        factory = PipelineFactory(pipe, goal, replace(config, w=scale), call, universe, scorers=scorers)
+        table: dict[Pair, tuple[float, ...]] = {}
+        with InProcess(factory) as engine:
+            engine.run(
+                units_of(jobs, config.batch, universe.depth),
+                lambda unit, values, new, table=table: table.update(
+                    zip([job.pair for job in unit.jobs], values, strict=True)
+                ),
+            )
+        values = as_array({None: [table[pair] for pair in pairs]}, [None])
+        _, score = summarise(goal, values, values[0])
+        tried.append({"w": scale, "mean": score.mean, "error": score.error})
+    scored = [each for each in tried if each["mean"] is not None]
+    if not scored:
+        raise ValueError(f"{headset}: no scale of {', '.join(map(str, scales))} gives pictures with a score")
+    best = max(scored, key=lambda each: (each["mean"], -each["w"]))
+    return replace(headset, use={"u": config.u, "w": best["w"], "tried": tried})
 
 
 def pairs_of(name: str, count: int) -> list[Pair]:
@@ -140,7 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Found]:
         scorers = stack.enter_context(scoring_pool(workers)) if workers else 0
         _search_all(wanted, pipe, call, scorers, options, found)
     print_table(
-        ["set", "heads", "no guidance", "found", "pictures", "s"], [_row(n, f) for n, f in found.items()]
+        ["set", "heads", "w", "no guidance", "found", "pictures", "s"], [_row(n, f) for n, f in found.items()]
     )
     return found
 
@@ -170,7 +213,7 @@ def _search_all(
             mode="prefix",
             batch=options.batch,
             stop_early=True,
-            prune=options.prune,
+            prune=not options.full,
         )
         planned = cost(universe_of(pipe), pairs, config, call["num_inference_steps"])
         print(
@@ -178,16 +221,18 @@ def _search_all(
             f"batches, {planned.forwards:,} rows through the denoiser",
             flush=True,
         )
-        found[name] = search(pipe, name, options.model, call, pairs, config, scorers=scorers)
+        one = search(pipe, name, options.model, call, pairs, config, scorers=scorers)
+        scales = [float(scale) for scale in options.scales.split(",")]
+        headset = at_best_scale(pipe, one.headset, _goal(name), config, call, scales, scorers)
+        found[name] = replace(one, headset=headset)
         _save(found[name], options.out, options.model, name)
-        print(f"  {found[name].headset} in {found[name].seconds:.1f} s", flush=True)
+        print(f"  {_told(headset)}, in {one.seconds:.1f} s", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    defaults = SoftPAGConfig()
     parser.add_argument("--model", default="shapes-sd3", help="name of an embedded image model")
     parser.add_argument("--names", help=f"comma-separated, of {', '.join(NAMES)}; default all")
     parser.add_argument("--pairs", type=int, default=96, help="prompts of the search for quality")
@@ -195,19 +240,34 @@ def _parser() -> argparse.ArgumentParser:
     # One head a round: heads of one round are chosen without being tried together, and a small model has few.
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--top", type=int, default=1, help="heads chosen in each round")
-    parser.add_argument("--u", type=float, default=defaults.u)
-    parser.add_argument("--w", type=float, default=defaults.w)
+    parser.add_argument("--u", type=float, default=DEFAULT_U)
+    # Between the scales that are tried at the end: a head should serve at most of them.
+    parser.add_argument("--w", type=float, default=2.0, help="scale of the search")
+    parser.add_argument("--scales", default=",".join(map(str, SCALES)), help="scales tried for the set found")
     parser.add_argument("--steps", type=int, help="denoising steps; default as recommended")
-    parser.add_argument("--batch", type=int, default=256, help="pictures at a time")
-    parser.add_argument(
-        "--prune", action="store_true", help="leave out who cannot win: fewer pictures in smaller batches"
-    )
+    parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    parser.add_argument("--full", action="store_true", help="score also those heads that cannot win any more")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--scorers", type=int, help="judging processes; default: beside a GPU one per core")
     parser.add_argument("--quick", action="store_true", help="two prompts, one round, one step: does it run?")
     parser.add_argument("--out", type=Path, required=True, help="folder of head sets")
     return parser
+
+
+def _goal(name: str) -> Goal:
+    return parse_goal(["judge" if name == QUALITY else name])
+
+
+def _told(headset: HeadSet) -> str:
+    """What a search found, in words; also where it found nothing."""
+    if not len(headset):
+        return (
+            "no head did better than no guidance: the set is empty, and refused where it is used; another w "
+            "or more pairs may find one"
+        )
+    tried = ", ".join(f"{each['w']:g}: {each['mean']:.3f}" for each in headset.use["tried"])
+    return f"{headset} at w = {headset.w:g} ({tried})"
 
 
 def _save(found: Found, out: Path, model: str, name: str) -> None:
@@ -217,13 +277,14 @@ def _save(found: Found, out: Path, model: str, name: str) -> None:
 
 
 def _row(name: str, found: Found) -> list[str]:
-    first, last = found.headset.rounds[0], found.headset.rounds[-1]
-    reached = last.get("set", last["current"])["mean"]
+    headset = found.headset
+    reached = [each["mean"] for each in headset.use.get("tried", ()) if each["w"] == headset.w]
     return [
         name,
-        str(found.headset),
-        f"{first['current']['mean']:.3f}",
-        f"{reached:.3f}",
+        str(headset) or "none",
+        f"{headset.w:g}" if len(headset) else "-",
+        f"{headset.rounds[0]['current']['mean']:.3f}",
+        f"{reached[0]:.3f}" if reached else "-",
         f"{found.pictures:,}",
         f"{found.seconds:.1f}",
     ]

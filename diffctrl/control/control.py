@@ -37,7 +37,9 @@ class Guidance(Protocol):
         """Whether this step is guided; outside, no twin is run."""
         ...
 
-    def delta(self, cond: Tensor, perturbed: Tensor, memory: MutableMapping[str, Any]) -> Tensor:
+    def delta(
+        self, context: Context, cond: Tensor, perturbed: Tensor, memory: MutableMapping[str, Any]
+    ) -> Tensor:
         """What is added to the predictions, from the two predictions of the same shape; float32.
 
         `memory` lasts for one run and belongs to the guidance, which may write to it.
@@ -107,6 +109,10 @@ class Control:
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise where this control cannot work on a model with these sites; called before installing."""
+
+    def on(self, sites: Sequence[Site]) -> Control:
+        """This control with those settings said that it reads off a model with these sites, for a record."""
+        return self
 
     def acts_on(self, site: Site) -> bool:
         """Whether this method concerns attention of this kind; at other sites the stock processor runs."""

@@ -182,7 +182,7 @@ class ContextHook:
     def _shift(self, guidance: Guidance, prediction: Tensor, perturbed: Tensor, rows: Rows) -> Tensor:
         """What is added to every half, so that the pipeline's own line yields the guided prediction."""
         cond = prediction[rows.cond[0] : rows.cond[1]]
-        delta = guidance.delta(cond, perturbed, self._memory.of(self._context.step))
+        delta = guidance.delta(self._context, cond, perturbed, self._memory.of(self._context.step))
         if not guidance.rescales:
             return delta
         # (e + x) + s ((c + x) - (e + x)) = base + x: with x = finish(base + delta) - base it is the result.

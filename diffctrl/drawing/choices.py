@@ -49,9 +49,10 @@ def read_controls(
         )
     given = {name: dict(before.get(name, {})) for name in found}
     classes = {name: method.config_class() for name, method in found.items()}
-    for key, text in pairs:
-        name, option = _owner(key, classes)
-        given[name][option] = str(read_head_set(text)) if is_head_set(option, text) else text
+    owned = [(*_owner(key, classes), text) for key, text in pairs]
+    # A head set brings its u and w along; what is said beside it goes before them, in any order.
+    for name, option, text in sorted(owned, key=lambda each: not is_head_set(*each[1:])):
+        given[name] |= _of_head_set(text) if is_head_set(option, text) else {option: text}
     return tuple(
         ControlSpec(method=name, settings=settings.as_plain(settings.parse(classes[name], values, of=name)))
         for name, values in given.items()
@@ -63,6 +64,14 @@ def is_head_set(option: str, text: str) -> bool:
     return option.rpartition(".")[2] == "heads" and text.endswith(".json")
 
 
+def _of_head_set(path: str) -> dict[str, Any]:
+    """The settings that a file of `diffctrl headhunt` brings along: its heads, its u and its w."""
+    found = read_head_set(path)
+    return {"heads": str(found)} | {
+        name: value for name, value in (("u", found.u), ("w", found.w)) if value is not None
+    }
+
+
 def read_head_set(path: str) -> HeadSet:
     """The head set in a file; recipes hold its heads, not the file's name.
 
@@ -72,10 +81,16 @@ def read_head_set(path: str) -> HeadSet:
     from diffctrl.softpag.headset import HeadSet
 
     try:
-        return HeadSet.load(path)
+        found = HeadSet.load(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise BadRequestError(f"--set heads={path} cannot be read ({reason})") from None
+    if not len(found):
+        raise BadRequestError(
+            f"--set heads={path} is empty: its search found no head that does better than no guidance, and "
+            "nothing would be perturbed; search with another u or w, or name heads as in heads=L3H1,L4"
+        )
+    return found
 
 
 def _owner(key: str, classes: Mapping[str, type]) -> tuple[str, str]:

@@ -230,6 +230,7 @@ def _mode(request: HuntRequest, source: ModelSource, parsed: SoftPAGConfig) -> s
 def _config(request: HuntRequest, parsed: SoftPAGConfig, scale: float, mode: str) -> HuntConfig:
     own = {each.name for each in fields(HuntConfig)}
     given = {each.name: getattr(parsed, each.name) for each in fields(parsed) if each.name != "heads"}
+    given = {name: value for name, value in given.items() if value is not None}
     defaults = SoftPAGConfig()
     options = {
         name: value for name, value in given.items() if name not in own and value != getattr(defaults, name)

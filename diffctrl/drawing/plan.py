@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffctrl import methods
+from diffctrl import methods, settings
 from diffctrl.drawing import loras, prompts
 from diffctrl.drawing.choices import (
     STOCK,
@@ -124,7 +124,8 @@ def make(request: Request) -> Plan:
     if wanted_lora != STOCK:
         lora, more = loras.choose(source, wanted_lora, controls, [key for key, _ in request.settings])
         warnings += more
-    _check_controls(source, controls, [text for key, text in request.settings if is_head_set(key, text)])
+    head_sets = [text for key, text in request.settings if is_head_set(key, text)]
+    controls = _tried(source, controls, head_sets)
     return Plan(
         source=source,
         prompt=prompt,
@@ -208,14 +209,18 @@ def _check_negative(source: ModelSource, negative: str | None, guidance: float) 
         )
 
 
-def _check_controls(source: ModelSource, controls: tuple[ControlSpec, ...], head_sets: list[str]) -> None:
-    """Try the controls on the model's architecture, made without memory for its weights.
+def _tried(
+    source: ModelSource, controls: tuple[ControlSpec, ...], head_sets: list[str]
+) -> tuple[ControlSpec, ...]:
+    """The controls after a try on the model's architecture, made without memory for its weights.
+
+    What they read off the model (u and w of its head set) is among their settings.
 
     Args:
         head_sets: files whose heads the controls name.
     """
     if not controls:
-        return
+        return ()
     import diffctrl
     from diffctrl.processors.universe import universe_of
 
@@ -223,6 +228,11 @@ def _check_controls(source: ModelSource, controls: tuple[ControlSpec, ...], head
     try:
         for path in head_sets:
             read_head_set(path).check(universe_of(model).signature)
-        diffctrl.apply(model, processors(controls)).remove()
+        with diffctrl.apply(model, processors(controls)) as handle:
+            (context,) = handle.contexts.values()
+            used: list[Any] = [control.on(list(context.sites.values())) for control in handle.controls]
     except (ValueError, TypeError) as error:
         raise BadRequestError(f"{source.name}: {error}") from None
+    return tuple(
+        ControlSpec(method=control.method, settings=settings.as_plain(control.config)) for control in used
+    )

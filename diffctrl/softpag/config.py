@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from diffctrl.softpag import library
 from diffctrl.softpag.heads import Head, parse_heads
+from diffctrl.softpag.headset import HeadSet
 
 Kind = Literal[
     "identity",
@@ -35,6 +36,8 @@ _CHOICES: dict[str, Any] = {
     "difference": Difference,
     "mode": Mode,
 }
+# Where neither the settings nor a head set say something else.
+DEFAULT_U, DEFAULT_W = 0.5, 3.0
 # Options that belong to one value of another option.
 _BELONGS = {
     "query_mean": ("kind", "mean_query"),
@@ -55,12 +58,14 @@ class SoftPAGConfig:
 
     Args:
         heads: the heads, as in 'L3H1,L4' or an iterable; 'L3H1=0.7,L4' or a mapping gives some a strength of
-            their own. The name of a shipped head set ('quality', 'style:soft') takes the set of the model at
-            hand. None takes the shipped set 'quality' where the model has one, else every head of the layer
-            at 3/8 of the depth (layer 9 of 24 in the paper's sweeps over u); in a UNet, of the middle block,
-            as PAG does.
+            their own. A `HeadSet`, or the name of one that is shipped for the model at hand ('quality',
+            'style:soft'). None takes the shipped set 'quality' where the model has one, else every head of
+            the layer at 3/8 of the depth (layer 9 of 24 in the paper's sweeps over u); in a UNet, of the
+            middle block, as PAG does.
         u: perturbation strength in [0, 1]: A' = (1 - u) A + u T. 0 is the stock model, 1 the target itself.
-        w: guidance scale >= 0 in e + s (c - e) + w (c - p); 0 turns the guidance off.
+            None takes what the head set was found with, or 0.5 without one.
+        w: guidance scale >= 0 in e + s (c - e) + w (c - p); 0 turns the guidance off. None takes what the
+            head set was found with, or 3 without one.
         kind: the target map T. "identity" (SoftPAG; PAG at u = 1), "uniform" over valid keys, "mean_query"
             (every query is their mean), "blur_query" (image queries blurred over the grid), "argmax" (the
             strongest key alone), "temperature" (scores divided by `temperature`), "zero" (no output at all;
@@ -88,9 +93,9 @@ class SoftPAGConfig:
         ValueError: a value is out of range, or options contradict each other.
     """
 
-    heads: tuple[Head, ...] | str | None = None
-    u: float = 0.5
-    w: float = 3.0
+    heads: tuple[Head, ...] | HeadSet | str | None = None
+    u: float | None = None
+    w: float | None = None
     kind: Kind = "identity"
     scope: Scope = "joint"
     path: Path = "linear"
@@ -114,13 +119,16 @@ class SoftPAGConfig:
             if isinstance(heads, str) and library.is_name(heads):
                 library.check_name(heads.strip())
                 object.__setattr__(self, "heads", heads.strip())
-            else:
+            elif not isinstance(heads, HeadSet):
                 object.__setattr__(self, "heads", parse_heads(heads))
             if not self.heads:
-                raise ValueError("heads is empty; name at least one head, e.g. 'L3H1', or leave it out")
-        if not 0.0 <= self.u <= 1.0:
+                raise ValueError(
+                    "heads is empty, and nothing would be perturbed; name at least one head, e.g. 'L3H1', or "
+                    "leave it out (a search that found no head gives an empty set)"
+                )
+        if self.u is not None and not 0.0 <= self.u <= 1.0:
             raise ValueError(f"u={self.u!r} is not in [0, 1]; 0 is the stock model, 1 is full PAG")
-        if not (math.isfinite(self.w) and self.w >= 0.0):
+        if self.w is not None and not (math.isfinite(self.w) and self.w >= 0.0):
             raise ValueError(f"w={self.w!r} is not a finite number >= 0")
         for name, accepted in _CHOICES.items():
             _check_choice(name, getattr(self, name), get_args(accepted))
@@ -179,10 +187,26 @@ class SoftPAGConfig:
     @property
     def rests(self) -> bool:
         """Whether these settings change nothing."""
-        heads = self.heads if isinstance(self.heads, tuple) else ()  # a shipped set has the common strength
-        own = [head.u for head in heads]
-        strongest = max((self.u if u is None else u for u in own), default=self.u)
-        return strongest == 0 or self.w == 0
+        heads = () if self.heads is None or isinstance(self.heads, str) else self.heads
+        own = [head.u for head in heads]  # a shipped set has the common strength
+        strongest = max((self.strength if u is None else u for u in own), default=self.strength)
+        return strongest == 0 or self.scale == 0
+
+    @property
+    def strength(self) -> float:
+        """u as it is used."""
+        return DEFAULT_U if self.u is None else self.u
+
+    @property
+    def scale(self) -> float:
+        """w as it is used."""
+        return DEFAULT_W if self.w is None else self.w
+
+    def with_set(self, found: HeadSet) -> SoftPAGConfig:
+        """The same settings with the heads of a set, and its u and w where they say none."""
+        u = found.u if self.u is None else self.u
+        w = found.w if self.w is None else self.w
+        return replace(self, heads=tuple(found), u=u, w=w)
 
     @property
     def needs_map(self) -> bool:

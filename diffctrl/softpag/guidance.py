@@ -45,17 +45,17 @@ def guidance_delta(
         (B, ...), float32 or float64.
     """
     if config.difference == "plain":
-        return perturbation_delta(cond, perturbed, config.w)
+        return perturbation_delta(cond, perturbed, config.scale)
     cond, perturbed = _wide(cond), _wide(perturbed)
     if config.difference == "tangential":
-        return config.w * (cond - shared_direction(cond, perturbed))
+        return config.scale * (cond - shared_direction(cond, perturbed))
     difference = cond - perturbed
     if config.apg_momentum:
         before = memory.get("difference")
         if before is not None and before.shape == difference.shape:
             difference = difference + config.apg_momentum * before
         memory["difference"] = difference
-    return config.w * projected(difference, cond, config.apg_parallel or 0.0, config.apg_norm)
+    return config.scale * projected(difference, cond, config.apg_parallel or 0.0, config.apg_norm)
 
 
 def projected(difference: Tensor, cond: Tensor, parallel: float, norm: float | None) -> Tensor:

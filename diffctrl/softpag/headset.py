@@ -85,6 +85,8 @@ class HeadSet:
         pairs: the (prompt, seed) pairs, Q of the paper.
         rounds: per round every candidate's mean and standard error, as plain dictionaries.
         approximations: what made the search cheaper and could have changed its result; empty for none.
+        use: {"u", "w"} at which the set is used where nothing else is said, and the scales that were "tried";
+            empty for those of the search.
     """
 
     chosen: tuple[Chosen, ...]
@@ -96,6 +98,7 @@ class HeadSet:
     pairs: tuple[tuple[str, int], ...] = ()
     rounds: tuple[Mapping[str, Any], ...] = ()
     approximations: tuple[str, ...] = ()
+    use: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         heads = [each.head for each in self.chosen]
@@ -105,6 +108,16 @@ class HeadSet:
         for each in self.chosen:
             if each.u is not None and not 0.0 <= each.u <= 1.0:
                 raise ValueError(f"the strength {each.u!r} of head {each.head} is not in [0, 1]")
+
+    @property
+    def u(self) -> float | None:
+        """The common strength at which the set is used; None where its origin is unknown."""
+        return _number(self.use.get("u", self.perturbation.get("u")))
+
+    @property
+    def w(self) -> float | None:
+        """The guidance scale at which the set is used; None where its origin is unknown."""
+        return _number(self.use.get("w", self.perturbation.get("w")))
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -165,6 +178,7 @@ class HeadSet:
             signature=self.signature or other.signature,
             model=self.model if same else {},
             perturbation=self.perturbation if self.perturbation == other.perturbation else {},
+            use=self.use if self.use == other.use else {},
         )
 
     __or__ = union
@@ -210,6 +224,7 @@ class HeadSet:
             "sampling": dict(self.sampling),
             "objective": dict(self.objective),
             "approximations": list(self.approximations),
+            "use": dict(self.use),
             "heads": [
                 {"head": str(each.head), "round": each.round, "score": each.score, "u": each.u}
                 for each in self.chosen
@@ -242,6 +257,7 @@ class HeadSet:
                 pairs=tuple((str(each["prompt"]), int(each["seed"])) for each in values["pairs"]),
                 rounds=tuple(dict(each) for each in values["rounds"]),
                 approximations=tuple(str(each) for each in values["approximations"]),
+                use=dict(values.get("use", {})),  # files of before 0.2 have none
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this head set is damaged: {type(error).__name__} {error}") from None
@@ -296,11 +312,14 @@ class HeadSet:
         return cls(chosen=tuple(heads))
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def _chosen(values: Mapping[str, Any]) -> Chosen:
-    score, strength = values.get("score"), values.get("u")
     return Chosen(
         parse_head(values["head"]),
         int(values["round"]),
-        None if score is None else float(score),
-        None if strength is None else float(strength),
+        _number(values.get("score")),
+        _number(values.get("u")),
     )

@@ -50,6 +50,21 @@ def find(name: str, signature: Signature) -> HeadSet:
     """The shipped set of this name for a model of this shape.
 
     Raises:
+        ValueError: there is none of this name, or none for such a model, or the search for it found no head.
+    """
+    found = stored(name, signature)
+    if not len(found):
+        raise ValueError(
+            f"the head set {name!r} is empty: in the search for it no head did better than no guidance, and "
+            "nothing would be perturbed; name heads as in 'L3H1,L4', or another set"
+        )
+    return found
+
+
+def stored(name: str, signature: Signature) -> HeadSet:
+    """The same, also where the search found no head: a record of it.
+
+    Raises:
         ValueError: there is none of this name, or none for such a model.
     """
     check_name(name)
@@ -66,7 +81,7 @@ def find(name: str, signature: Signature) -> HeadSet:
 
 def default(signature: Signature) -> HeadSet | None:
     """The set for a model of this shape where no heads are named, or None."""
-    return next((each for each in _named(DEFAULT) if each.signature == signature), None)
+    return next((each for each in _named(DEFAULT) if each.signature == signature and len(each)), None)
 
 
 def _named(name: str) -> list[HeadSet]:

@@ -90,7 +90,7 @@ def test_plain_lines_of_the_authors(tmp_path):
 
 def test_is_taken_wherever_heads_are(headset):
     processor = SoftPAGAttnProcessor(headset, u=0.5)
-    assert processor.config.heads == headset.heads
+    assert tuple(processor.config.heads) == headset.heads
     assert Head(*_numbers(str(headset.heads[0]))) in headset
 
 

@@ -14,7 +14,7 @@ from diffctrl.processors.universe import universe_of
 from diffctrl.softpag import Head, SoftPAGConfig, library
 from diffctrl.softpag.headset import Chosen, HeadSet
 from diffctrl.zoo import registry
-from tests.helpers import shared
+from tests.helpers import example, run, shared
 
 
 @pytest.fixture
@@ -43,6 +43,45 @@ def test_a_name_takes_the_set_of_the_model(shipped: Path) -> None:
     assert controlled(shared("sd3"), u=0.4) == expected  # nothing said
     assert controlled(shared("sd3"), "style:soft", u=1.0) == controlled(shared("sd3"), "L0H0", u=1.0)
     assert controlled(shared("sd3"), "L0", u=0.4) != expected
+
+
+def test_a_set_brings_its_strength_and_scale(shipped: Path) -> None:
+    """u and w of the set hold where the user says none: by name, where nothing is said, and as an object."""
+    signature = universe_of(shared("sd3")).signature
+    found = HeadSet(
+        chosen=(Chosen(Head(1, 1)),), signature=signature, perturbation={"u": 0.25, "w": 3.0}, use={"w": 1.5}
+    )
+    found.save(shipped / "quality.json")
+    library._load.cache_clear()
+    assert (found.u, found.w) == (0.25, 1.5)
+    for heads in (None, "quality", found):
+        assert controlled(shared("sd3"), heads) == controlled(shared("sd3"), "L1H1", u=0.25)
+        assert controlled(shared("sd3"), heads, u=0.7) == controlled(shared("sd3"), "L1H1", u=0.7)
+        assert guided(heads) == pytest.approx(guided("L1H1", u=0.25, w=1.5))
+        assert guided(heads, w=4.0) == pytest.approx(guided("L1H1", u=0.25, w=4.0))
+        assert guided(heads, w=4.0) != pytest.approx(guided(heads))
+    with pytest.raises(ValueError, match="heads mean nothing there"):  # an object is checked like a name
+        diffctrl.apply(shared("flux"), SoftPAGAttnProcessor(found))
+    guider = SoftPAGGuidance(heads=found)
+    assert (guider.settings.u, guider.settings.w) == (guider.config["u"], guider.config["w"]) == (0.25, 1.5)
+
+
+def guided(*args: Any, **settings: Any) -> list[float]:
+    """The guided prediction of one forward."""
+    with diffctrl.apply(shared("sd3"), SoftPAGAttnProcessor(*args, **settings)):
+        return run(shared("sd3"), example("sd3")).flatten()[:50].tolist()
+
+
+def test_an_empty_set_is_refused_not_neutral(shipped: Path) -> None:
+    signature = universe_of(shared("sd3")).signature
+    for name in ("quality", "style-soft"):
+        HeadSet(chosen=(), signature=signature).save(shipped / f"{name}.json")
+    library._load.cache_clear()
+    with pytest.raises(ValueError, match=r"'style:soft' is empty: in the search for it no head did better"):
+        diffctrl.apply(shared("sd3"), SoftPAGAttnProcessor("style:soft"))
+    with pytest.raises(ValueError, match="heads is empty"):
+        SoftPAGAttnProcessor(HeadSet(chosen=()))
+    assert controlled(shared("sd3")) == controlled(shared("sd3"), "L1")  # as without a set
 
 
 def test_other_models_and_targets_keep_their_default(shipped: Path) -> None:
