@@ -500,7 +500,7 @@ def test_passes_of_a_guidance_of_the_pipelines_own_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("mode", ["batched", "sequential", "prefix"])
-@pytest.mark.parametrize("name", ["flux", "sd3", "mochi", "wan"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "mochi", "wan", "cogvideox", "hunyuan_video"])
 def test_beside_softpag_both_do_what_they_do_alone(name: str, mode: str) -> None:
     model, inputs = shared(name), example(name)
     softpag = SoftPAGAttnProcessor(u=0.5, w=2.0, mode=mode)
@@ -532,12 +532,12 @@ class Sparse(ControlAttnProcessor):
 
 
 @pytest.mark.parametrize("route", ["lse", "chunked", "one_hot"])
-@pytest.mark.parametrize("name", ["flux", "hunyuan_video", "mochi", "wan"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "hunyuan_video", "mochi", "wan", "cogvideox"])
 def test_under_block_lists_the_weights_are_those_of_the_sparse_softmax(name: str, route: Any) -> None:
     model, inputs, case = shared(name), example(name), CASES[name]
     length = math.prod(case.grid) + (case.text_length if name != "wan" else 0)
     keys = "image" if name == "wan" else "text"
-    text_first = name == "flux"
+    text_first = name in TEXT_FIRST
     text = (0, TEXT) if text_first else (length - TEXT, length)
     lists = random_lists((8, 8), (length, length), density=0.4, heads=2)
     sparse = Sparse(lists.force(rows=text) if name != "wan" else lists)

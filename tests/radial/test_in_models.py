@@ -114,24 +114,27 @@ def test_other_settings(settings: dict[str, Any]) -> None:
         check_sites(name, example(name), **{**settings, **rest})
 
 
+def sized(name: str, frames: int, height: int, width: int) -> dict[str, Any]:
+    """A forward of as many latent frames, rows and columns."""
+    inputs, generator = example(name), torch.Generator().manual_seed(2)
+    if name == "ltx":  # a token is a latent pixel there
+        inputs |= {"num_frames": frames, "height": height // 2, "width": width // 2}
+        size = (2, frames * (height // 2) * (width // 2), 8)
+    else:
+        size = (2, frames, 4, height, width) if name == "cogvideox" else (2, 4, frames, height, width)
+    return inputs | {"hidden_states": torch.randn(size, generator=generator)}
+
+
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 6, 10), (5, 4, 14), (7, 2, 2)])
-def test_any_resolution_and_frame_count(size: tuple[int, int, int]) -> None:
-    frames, height, width = size
-    generator = torch.Generator().manual_seed(2)
-    for name in ("wan", "hunyuan_video", "cogvideox"):
-        inputs = example(name)
-        axes = (2, frames, 4, height, width) if name == "cogvideox" else (2, 4, frames, height, width)
-        inputs["hidden_states"] = torch.randn(axes, generator=generator)
-        check_sites(name, inputs)
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "hunyuan_video15", "mochi", "cogvideox", "ltx"])
+def test_any_resolution_and_frame_count(name: str, size: tuple[int, int, int]) -> None:
+    check_sites(name, sized(name, *size))
 
 
 def test_a_mask_with_every_block_on_is_the_stock_model() -> None:
     """Of two frames each is the other's neighbour: sparse steps that leave nothing out."""
-    generator = torch.Generator().manual_seed(2)
-    for name in ("wan", "hunyuan_video", "cogvideox"):
-        inputs = example(name)
-        axes = (2, 2, 4, 6, 10) if name == "cogvideox" else (2, 4, 2, 6, 10)
-        inputs["hidden_states"] = torch.randn(axes, generator=generator)
+    for name in ("wan", "hunyuan_video", "hunyuan_video15", "mochi", "cogvideox", "ltx"):
+        inputs = sized(name, 2, 6, 10)
         stock = run(shared(name), inputs)
         with diffctrl.apply(shared(name), RadialAttnProcessor(**{**SPARSE, "adjacent": "full"})) as handle:
             torch.testing.assert_close(run(shared(name), inputs), stock, rtol=0, atol=1e-5)
