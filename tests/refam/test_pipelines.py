@@ -190,14 +190,20 @@ def test_latents_are_those_that_the_pipeline_decodes(name):
     torch.testing.assert_close(back, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_mochi_counts_noise_from_the_other_end():
-    seen = []
-    handle = mochi().transformer.register_forward_pre_hook(
-        lambda module, arguments, keywords: seen.append(float(keywords["timestep"][0])), with_kwargs=True
+@pytest.mark.parametrize(("name", "told"), [("sd3", 300.0), ("flux", 0.3), ("wan", 300.0), ("mochi", 700.0)])
+def test_the_model_is_told_the_noise_level_and_the_guidance(name, told):
+    """Mochi counts noise from the other end; of these FLUX.1-dev alone takes a guidance scale."""
+    pipe, seen = PIPELINES[name](), []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, arguments, keywords: seen.append(keywords), with_kwargs=True
     )
-    mochi()(picture(), PHRASE, size=SIZES["mochi"], sigma=0.3)
+    pipe(picture(), PHRASE, size=SIZES[name], sigma=0.3, guidance=2.5)
     handle.remove()
-    assert seen == [700.0]
+    (call,) = seen
+    assert call["timestep"].tolist() == pytest.approx([told])
+    guidance = call.get("guidance")
+    assert (guidance is None) == (name != "flux")
+    assert guidance is None or guidance.tolist() == [2.5]
 
 
 # --- what users may ask -------------------------------------------------------------------------------------

@@ -290,6 +290,9 @@ def test_blocks_by_depth_and_by_name():
     assert RefAMConfig().chosen_blocks(57) == tuple(range(24, 54))
     assert RefAMConfig().chosen_blocks(2) == (1,)
     assert RefAMConfig(blocks="1,3").chosen_blocks(4) == (1, 3)
+    assert RefAMConfig(blocks="concept").chosen_blocks(57) == (15, 16, 17, 18)
+    assert RefAMConfig(blocks="double_late").chosen_blocks(57) == tuple(range(10, 19))
+    assert RefAMConfig(blocks="seg4diff_sd3").chosen_blocks(24) == (9,)
     with pytest.raises(ValueError, match="block 9 does not exist"):
         RefAMConfig(blocks="9").chosen_blocks(4)
     assert RefAMConfig(heads="0,2").chosen_heads(4) == (0, 2)

@@ -71,6 +71,22 @@ def test_filtering_is_by_position_and_keeps_what_decides():
     assert words_kept("the red cup", RefAMConfig(stop_words=False)) == ["▁the", "▁red", "▁cup"]
 
 
+def test_what_is_a_stop_word_and_what_never_is():
+    """The lists of the specification, 2.4; what decides which object is meant stays."""
+    stopped = (
+        "a an the this that these those of in on at to from by for with and or as than is are was were be "
+        "been being has have had do does it its he she they them his her their who which . , ! ? ( ) -"
+    )
+    never = (
+        "left right top bottom front behind middle near no not without one two three ten red pink olive "
+        "lamp another cathedral"
+    )
+    for text in stopped.split():
+        assert is_stop(split_words(text), 0), text
+    for text in never.split():
+        assert not is_stop(split_words(f"{text} cup"), 0), text
+
+
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
