@@ -284,7 +284,12 @@ def _print_table(found: HeadSet) -> None:
     unscored = sum(entry.get("unscored", 0) for entry in found.rounds)
     if unscored:
         say_error(f"note: {unscored} candidates had pictures without a score, and were ranked last")
-    if found.rounds and found.rounds[-1].get("stopped"):
+    if not len(found):
+        say_error(
+            "note: no head was found: none does better than no guidance on these prompts. The head set is "
+            "empty, and refused where it is used; another --set w or u, or more prompts, may find one"
+        )
+    elif found.rounds and found.rounds[-1].get("stopped"):
         say_error(f"note: stopped in round {found.rounds[-1]['round']}: no head beats the set")
 
 

@@ -257,7 +257,7 @@ class HeadSet:
                 pairs=tuple((str(each["prompt"]), int(each["seed"])) for each in values["pairs"]),
                 rounds=tuple(dict(each) for each in values["rounds"]),
                 approximations=tuple(str(each) for each in values["approximations"]),
-                use=dict(values.get("use", {})),  # files of before 0.2 have none
+                use=dict(values.get("use", {})),  # earlier files have none
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this head set is damaged: {type(error).__name__} {error}") from None

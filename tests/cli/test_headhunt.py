@@ -1,5 +1,7 @@
 """`diffctrl headhunt`: a head set, a report, a resumable log; and what it refuses."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -46,6 +48,32 @@ def test_finds_heads_and_goes_on_where_it_stopped(headhunt, tmp_path):
     # The current set of round 2 was scored as the final set; two candidates and the new final set are left.
     assert "8 pictures scored" not in more.stderr or len(HeadSet.load(tmp_path / "heads.json")) == 4
     assert HeadSet.load(tmp_path / "heads.json").up_to_round(1).heads == headset.heads
+
+
+def test_a_search_that_finds_nothing_says_so_and_its_set_is_refused(run, tiny_model, tmp_path, capsys):
+    from diffctrl.cli.headhunt import _print_table
+
+    entry = {"round": 1, "selected": [], "candidates": [], "chosen": [], "stopped": True}
+    empty = HeadSet(chosen=(), objective={"name": "judge", "version": "1"}, rounds=(entry,))
+    _print_table(empty)
+    assert "no head was found: none does better than no guidance" in " ".join(capsys.readouterr().err.split())
+    empty.save(tmp_path / "empty.json")
+    setting = f"heads={tmp_path / 'empty.json'}"
+    done = run("generate", "a red star", "--model", tiny_model, "--method", "softpag", "--set", setting)
+    assert done.exit_code == 2
+    assert "is empty: its search found no head" in " ".join(done.stderr.split())
+
+
+def test_a_head_set_brings_its_strength_and_scale_into_the_recipe(headhunt, run, tiny_model, tmp_path):
+    assert headhunt("--rounds", 1, "--top", 1, "--set", "w=2").exit_code == 0
+    fixed = ("generate", "a red star", "--model", tiny_model, "--method", "softpag", "--steps", 1)
+    fixed += ("--size", "32x32", "--set", f"heads={tmp_path / 'heads.json'}")
+    found = []
+    for index, more in enumerate([(), ("--set", "w=4"), ("--set", "u=0.25")]):
+        picture = run(*fixed, *more, "--out", tmp_path / str(index)).stdout.split()[0]
+        found.append(json.loads(run("info", picture, "--json").stdout))
+    settings = [recipe["controls"][0]["settings"] for recipe in found]
+    assert [(each["u"], each["w"]) for each in settings] == [(1.0, 2.0), (1.0, 4.0), (0.25, 2.0)]
 
 
 def test_runs_on_the_embedded_model(run, tmp_path):
