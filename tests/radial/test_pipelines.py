@@ -181,6 +181,18 @@ def test_a_ready_pipeline_is_stock_when_dense_and_apply_by_hand_else(name: str) 
     assert not any(hasattr(module, "diffctrl_site") for module in pipe.transformer.modules())
 
 
+@pytest.mark.parametrize(("two", "sparse"), [(False, 2), (True, 1)])
+def test_experts_share_one_run_and_have_a_preset_of_their_own(two: bool, sparse: int) -> None:
+    """Of four steps the last is dense, and before it 24 % of them, or 27.5 % where two models take turns."""
+    pipe = wan_pipeline(two=two)
+    with diffctrl.apply(pipe, RadialAttnProcessor(block=4)) as handle:
+        generate(pipe, steps=4, guidance_scale=1.0)
+        stats = list(handle.stats().values())
+    assert len(stats) == 1 + two
+    assert sum(one["forwards"] for one in stats) == 4
+    assert sum(one["masked_forwards"] for one in stats) == sparse
+
+
 def test_the_signature_names_the_stock_arguments_and_the_settings() -> None:
     settings = [field.name for field in fields(RadialConfig)]
     for ready, _ in READY.values():

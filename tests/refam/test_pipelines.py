@@ -245,6 +245,14 @@ def test_model_sizes_keep_the_proportions():
         sd3()(picture(), PHRASE, size=(30, 32))
 
 
+def test_an_expression_of_stop_words_alone_is_read_and_said():
+    found = sd3()(picture(), "the one on it")
+    assert "empty_filter" in found.flags
+    assert [token.piece for token in found.table.tokens if token.kept]
+    assert torch.isfinite(found.heat).all()
+    assert found.heat.max() > found.heat.min() > 0
+
+
 @pytest.mark.parametrize("phrase", ["", " ", None])
 def test_no_expression(phrase):
     with pytest.raises(ValueError, match="is no expression"):
