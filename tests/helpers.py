@@ -14,24 +14,40 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers import (
-    CogVideoXTransformer3DModel,
-    FluxTransformer2DModel,
-    HunyuanVideo15Transformer3DModel,
-    HunyuanVideoTransformer3DModel,
-    LTXVideoTransformer3DModel,
-    MochiTransformer3DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    WanTransformer3DModel,
-    WanVACETransformer3DModel,
-)
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
-BATCH = 2
-TEXT = 7
+from tests.image_models import (
+    flux,
+    flux_inputs,
+    sd3,
+    sd3_inputs,
+    sd15,
+    sd15_inputs,
+    sdxl,
+    sdxl_inputs,
+)
+from tests.model_inputs import BATCH, TEXT
+from tests.video_models import (
+    cogvideox,
+    cogvideox_inputs,
+    hunyuan,
+    hunyuan15,
+    hunyuan15_i2v_inputs,
+    hunyuan15_inputs,
+    hunyuan_inputs,
+    ltx,
+    ltx_inputs,
+    mochi,
+    mochi_inputs,
+    vace,
+    vace_inputs,
+    wan,
+    wan_ends_inputs,
+    wan_i2v_inputs,
+    wan_inputs,
+    wan_ti2v_inputs,
+)
 
 
 @dataclass(frozen=True)
@@ -58,356 +74,6 @@ class ModelCase:
     blocks: tuple[str, ...]
     text_valid: tuple[int, ...] | None = None
     prepare: Callable[[nn.Module], None] | None = None
-
-
-def _randn(generator: torch.Generator, *size: int) -> Tensor:
-    return torch.randn(*size, generator=generator)
-
-
-def _mask(*lengths: int, total: int) -> Tensor:
-    return (torch.arange(total) < torch.tensor(lengths)[:, None]).to(torch.int64)
-
-
-# --- SD3 ----------------------------------------------------------------------------------------------------
-
-
-def _sd3(**config: Any) -> nn.Module:
-    return SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        caption_projection_dim=32,
-        pooled_projection_dim=20,
-        out_channels=4,
-        pos_embed_max_size=12,
-        **config,
-    )
-
-
-def _sd3_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": _randn(generator, BATCH, 4, 10, 14),
-        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 24),
-        "pooled_projections": _randn(generator, BATCH, 20),
-        "timestep": torch.tensor([500.0, 500.0]),
-    }
-
-
-# --- FLUX ---------------------------------------------------------------------------------------------------
-
-
-def _flux(num_layers: int = 2, **config: Any) -> nn.Module:
-    return FluxTransformer2DModel(
-        in_channels=8,
-        num_layers=num_layers,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        pooled_projection_dim=20,
-        axes_dims_rope=(4, 6, 6),
-        **config,
-    )
-
-
-def flux_ids(rows: int, columns: int) -> Tensor:
-    """(rows * columns, 3) position ids as the pipelines make them."""
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
-
-
-def _flux_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    inputs = {
-        "hidden_states": _randn(generator, BATCH, 35, 8),
-        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 24),
-        "pooled_projections": _randn(generator, BATCH, 20),
-        "timestep": torch.tensor([0.5, 0.5]),
-        "img_ids": flux_ids(5, 7),
-        "txt_ids": torch.zeros(TEXT, 3),
-    }
-    if model.config.guidance_embeds:
-        inputs["guidance"] = torch.tensor([3.5, 3.5])
-    return inputs
-
-
-# --- UNets --------------------------------------------------------------------------------------------------
-
-
-def _sd15(**config: Any) -> nn.Module:
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=24,
-        norm_num_groups=8,
-        **config,
-    )
-
-
-def _sdxl() -> nn.Module:
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(2, 2, 4),
-        cross_attention_dim=24,
-        norm_num_groups=8,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=20 + 6 * 8,
-    )
-
-
-def _sd15_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        "sample": _randn(generator, BATCH, 4, 11, 7),
-        "timestep": torch.tensor(500),
-        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 24),
-    }
-
-
-def _sdxl_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        **_sd15_inputs(model, generator),
-        "encoder_attention_mask": _mask(TEXT, 4, total=TEXT),
-        "added_cond_kwargs": {
-            "text_embeds": _randn(generator, BATCH, 20),
-            "time_ids": torch.tensor([[88.0, 56.0, 0.0, 0.0, 88.0, 56.0]] * BATCH),
-        },
-    }
-
-
-# --- Wan ----------------------------------------------------------------------------------------------------
-
-
-def _wan(**config: Any) -> nn.Module:
-    return WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-        **config,
-    )
-
-
-def _wan_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": _randn(generator, BATCH, 4, 3, 10, 6),
-        "timestep": torch.tensor([500, 500]),
-        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 16),
-    }
-
-
-def _wan_i2v_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        **_wan_inputs(model, generator),
-        # The stock processor takes the last 512 tokens for text.
-        "encoder_hidden_states": _randn(generator, BATCH, 512, 16),
-        "encoder_hidden_states_image": _randn(generator, BATCH, 5, 10),
-    }
-
-
-def _wan_ends_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    inputs = _wan_i2v_inputs(model, generator)
-    inputs["encoder_hidden_states_image"] = _randn(generator, BATCH * 2, 5, 10)
-    return inputs
-
-
-def _wan_ti2v_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    inputs = _wan_inputs(model, generator)
-    inputs["timestep"] = torch.tensor([0] * 15 + [500] * 30).expand(BATCH, -1).clone()
-    return inputs
-
-
-def _vace() -> nn.Module:
-    return WanVACETransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-        vace_layers=[0, 1],
-        vace_in_channels=6,
-    )
-
-
-def _vace_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        **_wan_inputs(model, generator),
-        "control_hidden_states": _randn(generator, BATCH, 6, 3, 10, 6),
-    }
-
-
-# --- HunyuanVideo -------------------------------------------------------------------------------------------
-
-
-def _hunyuan(num_layers: int = 2, **config: Any) -> nn.Module:
-    return HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=num_layers,
-        num_single_layers=2,
-        num_refiner_layers=2,
-        mlp_ratio=2.0,
-        patch_size=2,
-        patch_size_t=1,
-        text_embed_dim=24,
-        pooled_projection_dim=20,
-        rope_axes_dim=(4, 6, 6),
-        **config,
-    )
-
-
-def _hunyuan_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": _randn(generator, BATCH, 4, 3, 10, 6),
-        "timestep": torch.tensor([500, 500]),
-        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 24),
-        "encoder_attention_mask": _mask(TEXT, 3, total=TEXT),
-        "pooled_projections": _randn(generator, BATCH, 20),
-        "guidance": torch.tensor([6000.0, 6000.0]) if model.config.guidance_embeds else None,
-    }
-
-
-def _hunyuan15() -> nn.Module:
-    return HunyuanVideo15Transformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=2,
-        num_refiner_layers=1,
-        mlp_ratio=2.0,
-        patch_size=2,
-        patch_size_t=1,
-        text_embed_dim=24,
-        text_embed_2_dim=20,
-        image_embed_dim=12,
-        rope_axes_dim=(4, 6, 6),
-        target_size=16,
-    )
-
-
-def _hunyuan15_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": _randn(generator, BATCH, 4, 3, 10, 6),
-        "timestep": torch.tensor([500, 500], dtype=model.dtype),  # as the pipelines cast it
-        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 24),
-        "encoder_attention_mask": _mask(TEXT, 3, total=TEXT).float(),
-        "encoder_hidden_states_2": _randn(generator, BATCH, 4, 20),
-        "encoder_attention_mask_2": _mask(1, 3, total=4).float(),
-        "image_embeds": torch.zeros(BATCH, 2, 12),
-    }
-
-
-def _hunyuan15_i2v_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {**_hunyuan15_inputs(model, generator), "image_embeds": _randn(generator, BATCH, 2, 12)}
-
-
-# --- Mochi, CogVideoX, LTX ----------------------------------------------------------------------------------
-
-
-def _mochi() -> nn.Module:
-    return MochiTransformer3DModel(
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=3,
-        pooled_projection_dim=24,
-        in_channels=4,
-        out_channels=4,
-        text_embed_dim=16,
-        time_embed_dim=16,
-    )
-
-
-def _mochi_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": _randn(generator, BATCH, 4, 3, 10, 6),
-        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 16),
-        "timestep": torch.tensor([500.0, 500.0]),
-        "encoder_attention_mask": _mask(TEXT, 3, total=TEXT),
-    }
-
-
-def _cogvideox(**config: Any) -> nn.Module:
-    return CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=24,
-        num_layers=2,
-        sample_width=6,
-        sample_height=10,
-        sample_frames=9,
-        max_text_seq_length=TEXT,
-        **config,
-    )
-
-
-def _cogvideox_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    frames = 3 if model.config.patch_size_t is None else 4
-    inputs = {
-        "hidden_states": _randn(generator, BATCH, frames, 4, 10, 6),
-        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 24),
-        "timestep": torch.tensor([500, 500]),
-    }
-    if model.config.use_rotary_positional_embeddings:
-        grid = (frames // (model.config.patch_size_t or 1), 5, 3)
-        inputs["image_rotary_emb"] = get_3d_rotary_pos_embed(
-            16, None, grid_size=grid[1:], temporal_size=grid[0], grid_type="slice", max_size=grid[1:]
-        )
-    return inputs
-
-
-def _ltx() -> nn.Module:
-    return LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        num_layers=2,
-        caption_channels=24,
-    )
-
-
-def _ltx_inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Any]:
-    return {
-        "hidden_states": _randn(generator, BATCH, 45, 8),
-        "encoder_hidden_states": _randn(generator, BATCH, TEXT, 24),
-        "timestep": torch.tensor([500, 500]),
-        "encoder_attention_mask": _mask(TEXT, 3, total=TEXT),
-        "num_frames": 3,
-        "height": 5,
-        "width": 3,
-        "rope_interpolation_scale": (0.8, 32.0, 32.0),
-    }
 
 
 # --- the table ----------------------------------------------------------------------------------------------
@@ -437,39 +103,37 @@ _UNET_BLOCKS = {"blocks": ("mid_block.attentions.0.transformer_blocks",)}
 CASES: dict[str, ModelCase] = {
     case.name: case
     for case in (
-        _case("sd3", "sd3", _sd3, _sd3_inputs, _IMAGE),
+        _case("sd3", "sd3", sd3, sd3_inputs, _IMAGE),
         _case(
             "sd3.5",
             "sd3",
-            lambda: _sd3(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
-            _sd3_inputs,
+            lambda: sd3(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+            sd3_inputs,
             _IMAGE,
         ),
-        _case("sd3-fused", "sd3", lambda: _sd3(qk_norm="rms_norm"), _sd3_inputs, _IMAGE, prepare=_fuse),
-        _case("flux", "flux", lambda: _flux(guidance_embeds=True), _flux_inputs, _IMAGE, blocks=_TWO_STACKS),
-        _case("flux-fused", "flux", _flux, _flux_inputs, _IMAGE, blocks=_TWO_STACKS, prepare=_fuse),
-        _case(
-            "flux-single", "flux", lambda: _flux(num_layers=0), _flux_inputs, _IMAGE, blocks=_TWO_STACKS[1:]
-        ),
-        _case("unet", "unet", _sd15, _sd15_inputs, _UNET, **_UNET_BLOCKS),
-        _case("sdxl", "unet", _sdxl, _sdxl_inputs, _UNET, text_valid=(TEXT, 4), **_UNET_BLOCKS),
-        _case("unet-fused", "unet", _sd15, _sd15_inputs, _UNET, prepare=_fuse, **_UNET_BLOCKS),
+        _case("sd3-fused", "sd3", lambda: sd3(qk_norm="rms_norm"), sd3_inputs, _IMAGE, prepare=_fuse),
+        _case("flux", "flux", lambda: flux(guidance_embeds=True), flux_inputs, _IMAGE, blocks=_TWO_STACKS),
+        _case("flux-fused", "flux", flux, flux_inputs, _IMAGE, blocks=_TWO_STACKS, prepare=_fuse),
+        _case("flux-single", "flux", lambda: flux(num_layers=0), flux_inputs, _IMAGE, blocks=_TWO_STACKS[1:]),
+        _case("unet", "unet", sd15, sd15_inputs, _UNET, **_UNET_BLOCKS),
+        _case("sdxl", "unet", sdxl, sdxl_inputs, _UNET, text_valid=(TEXT, 4), **_UNET_BLOCKS),
+        _case("unet-fused", "unet", sd15, sd15_inputs, _UNET, prepare=_fuse, **_UNET_BLOCKS),
         _case(
             "unet-explicit",
             "unet",
-            lambda: _sd15(upcast_attention=True),
-            _sd15_inputs,
+            lambda: sd15(upcast_attention=True),
+            sd15_inputs,
             _UNET,
             prepare=_explicit,
             **_UNET_BLOCKS,
         ),
-        _case("wan", "wan", _wan, _wan_inputs, _VIDEO, blocks=("blocks",)),
-        _case("wan-ti2v", "wan", _wan, _wan_ti2v_inputs, _VIDEO, blocks=("blocks",)),
+        _case("wan", "wan", wan, wan_inputs, _VIDEO, blocks=("blocks",)),
+        _case("wan-ti2v", "wan", wan, wan_ti2v_inputs, _VIDEO, blocks=("blocks",)),
         _case(
             "wan-i2v",
             "wan",
-            lambda: _wan(**_I2V),
-            _wan_i2v_inputs,
+            lambda: wan(**_I2V),
+            wan_i2v_inputs,
             _VIDEO,
             text_length=512,
             blocks=("blocks",),
@@ -477,19 +141,19 @@ CASES: dict[str, ModelCase] = {
         _case(
             "wan-ends-fused",
             "wan",
-            lambda: _wan(**_I2V, pos_embed_seq_len=10),
-            _wan_ends_inputs,
+            lambda: wan(**_I2V, pos_embed_seq_len=10),
+            wan_ends_inputs,
             _VIDEO,
             text_length=512,
             blocks=("blocks",),
             prepare=_fuse,
         ),
-        _case("wan_vace", "wan_vace", _vace, _vace_inputs, _VIDEO, blocks=("blocks",)),
+        _case("wan_vace", "wan_vace", vace, vace_inputs, _VIDEO, blocks=("blocks",)),
         _case(
             "hunyuan_video",
             "hunyuan_video",
-            _hunyuan,
-            _hunyuan_inputs,
+            hunyuan,
+            hunyuan_inputs,
             _VIDEO,
             text_valid=_PADDED,
             blocks=_TWO_STACKS,
@@ -497,8 +161,8 @@ CASES: dict[str, ModelCase] = {
         _case(
             "hunyuan_video-i2v",
             "hunyuan_video",
-            lambda: _hunyuan(image_condition_type="token_replace", guidance_embeds=False),
-            _hunyuan_inputs,
+            lambda: hunyuan(image_condition_type="token_replace", guidance_embeds=False),
+            hunyuan_inputs,
             _VIDEO,
             text_valid=_PADDED,
             blocks=_TWO_STACKS,
@@ -506,8 +170,8 @@ CASES: dict[str, ModelCase] = {
         _case(
             "hunyuan_video-single",
             "hunyuan_video",
-            lambda: _hunyuan(num_layers=0),
-            _hunyuan_inputs,
+            lambda: hunyuan(num_layers=0),
+            hunyuan_inputs,
             _VIDEO,
             text_valid=_PADDED,
             blocks=_TWO_STACKS[1:],
@@ -515,8 +179,8 @@ CASES: dict[str, ModelCase] = {
         _case(
             "hunyuan_video15",
             "hunyuan_video15",
-            _hunyuan15,
-            _hunyuan15_inputs,
+            hunyuan15,
+            hunyuan15_inputs,
             _VIDEO,
             text_length=13,
             text_valid=(8, 6),
@@ -524,30 +188,30 @@ CASES: dict[str, ModelCase] = {
         _case(
             "hunyuan_video15-i2v",
             "hunyuan_video15",
-            _hunyuan15,
-            _hunyuan15_i2v_inputs,
+            hunyuan15,
+            hunyuan15_i2v_inputs,
             _VIDEO,
             text_length=13,
             text_valid=(10, 8),
         ),
-        _case("mochi", "mochi", _mochi, _mochi_inputs, _VIDEO, text_valid=_PADDED),
-        _case("cogvideox", "cogvideox", _cogvideox, _cogvideox_inputs, _VIDEO),
+        _case("mochi", "mochi", mochi, mochi_inputs, _VIDEO, text_valid=_PADDED),
+        _case("cogvideox", "cogvideox", cogvideox, cogvideox_inputs, _VIDEO),
         _case(
             "cogvideox-1.5",
             "cogvideox",
-            lambda: _cogvideox(patch_size_t=2, patch_bias=False, **_ROTARY),
-            _cogvideox_inputs,
+            lambda: cogvideox(patch_size_t=2, patch_bias=False, **_ROTARY),
+            cogvideox_inputs,
             (2, 5, 3),
         ),
         _case(
             "cogvideox-fused",
             "cogvideox",
-            lambda: _cogvideox(**_ROTARY),
-            _cogvideox_inputs,
+            lambda: cogvideox(**_ROTARY),
+            cogvideox_inputs,
             _VIDEO,
             prepare=_fuse,
         ),
-        _case("ltx", "ltx", _ltx, _ltx_inputs, _VIDEO, text_valid=_PADDED),
+        _case("ltx", "ltx", ltx, ltx_inputs, _VIDEO, text_valid=_PADDED),
     )
 }
 

@@ -29,11 +29,11 @@ from tests.helpers import (
     FixedScheduler,
     build,
     example,
-    flux_ids,
     rows_of,
     run,
     shared,
 )
+from tests.image_models import flux_ids
 from tests.pipelines import flux_pipeline, generate, sd3_pipeline, wan_pipeline
 
 torch.set_num_threads(1)

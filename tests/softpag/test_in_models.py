@@ -18,7 +18,8 @@ from diffctrl.control import Context, Contributions, Published
 from diffctrl.families import Call, Site
 from diffctrl.processors import ControlAttnProcessor, SoftPAGAttnProcessor, SoftPAGConfig
 from diffctrl.softpag.reference import perturbed_output
-from tests.helpers import CASES, build, example, flux_ids, rows_of, run, shared
+from tests.helpers import CASES, build, example, rows_of, run, shared
+from tests.image_models import flux_ids
 from tests.softpag.test_targets import SETTINGS
 
 torch.set_num_threads(1)
