@@ -243,7 +243,11 @@ def test_trigger_by_what_is_committed(llama):
             phases.append(control.controller.phase)
         with pytest.raises(ValueError, match="needs set_step"):
             control.set_step(4)
-    assert phases == [Phase.DENSE, Phase.DENSE, Phase.BUILD, Phase.SPARSE]
+        for step, share in enumerate((0.0, 0.6)):  # step 0 starts anew, and what it took is forgotten
+            control.set_step(step, committed=share)
+            stock(llama, ids)
+            phases.append(control.controller.phase)
+    assert phases == [Phase.DENSE, Phase.DENSE, Phase.BUILD, Phase.SPARSE, Phase.DENSE, Phase.BUILD]
 
 
 # --- padding ------------------------------------------------------------------------------------------------
