@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,8 +109,10 @@ class SoftPAGGuidance(BaseGuidance):
         self.settings = SoftPAGConfig(heads=heads, start_fraction=start, stop_fraction=stop, **options)
         named = self.settings.heads
         if isinstance(named, HeadSet):  # JSON keeps names, so that u and w of the set are written beside them
-            self.settings = self.settings.with_set(named)
-            self.register_to_config(u=self.settings.u, w=self.settings.w)
+            used = self.settings.with_set(named)
+            # The set itself stays, to be checked against the model.
+            self.settings = replace(self.settings, u=used.u, w=used.w)
+            self.register_to_config(u=used.u, w=used.w)
         if named is not None:  # as text, which JSON keeps
             self.register_to_config(heads=named if isinstance(named, str) else ",".join(map(str, named)))
         self._base = _base_guider(base)

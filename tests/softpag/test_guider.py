@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import diffctrl
 from diffctrl.pipelines import SoftPAGGuidance
 from diffctrl.processors import NeutralAttnProcessor, SoftPAGAttnProcessor
-from diffctrl.softpag import SoftPAGConfig, guide, rescaled
+from diffctrl.processors.universe import universe_of
+from diffctrl.softpag import Head, SoftPAGConfig, guide, rescaled
+from diffctrl.softpag.headset import Chosen, HeadSet
 from tests.helpers import build, example, run
 from tests.pipelines import flux_pipeline, generate, prompts, sd3_pipeline
 
@@ -180,6 +182,20 @@ def test_nothing_is_left_on_the_model() -> None:
     assert now() == before
     with diffctrl.apply(model, NeutralAttnProcessor()), pytest.raises(RuntimeError, match="under a control"):
         stepped(guider, model, split, rest)
+
+
+def test_a_head_set_of_another_model_is_refused() -> None:
+    """Though the model has heads of these names."""
+    model, (split, rest) = build("sd3"), sd3_inputs()
+    own, other = (
+        HeadSet(chosen=(Chosen(Head(1, 1)),), signature=universe_of(each).signature, use={"u": 0.4, "w": 2.0})
+        for each in (model, build("flux"))
+    )
+    by_name = stepped(SoftPAGGuidance(guidance_scale=1.0, heads="L1H1", u=0.4, w=2.0), model, split, rest)
+    assert torch.equal(stepped(SoftPAGGuidance(guidance_scale=1.0, heads=own), model, split, rest), by_name)
+    with pytest.raises(ValueError, match=r"found on FluxTransformer2DModel.*heads mean nothing there"):
+        stepped(SoftPAGGuidance(guidance_scale=1.0, heads=other), model, split, rest)
+    assert not any(hasattr(module, "diffctrl_site") for module in model.modules())
 
 
 def test_the_same_processor_objects_serve_every_step() -> None:
