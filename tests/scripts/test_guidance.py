@@ -1,13 +1,17 @@
 """What the guidance scripts ask and count, apart from the pictures: prompts, conditions, intervals, names."""
 
+import argparse
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from diffctrl.drawing.hunt import PipelineSampler
 from diffctrl.processors.universe import universe_of
 from diffctrl.scripts import find_headsets
 from diffctrl.scripts.bench import softpag as bench
-from diffctrl.scripts.evaluate_guidance import RANDOM, _compare, _share
+from diffctrl.scripts.evaluate_guidance import RANDOM, _best, _carried, _compare, _layers, _share
 from diffctrl.scripts.evaluation_guidance import (
     Condition,
     Drawn,
@@ -21,7 +25,7 @@ from diffctrl.scripts.evaluation_guidance import (
     unseen_pairs,
 )
 from diffctrl.softpag import Head
-from diffctrl.softpag.headhunt import HuntConfig
+from diffctrl.softpag.headhunt import Goal, HuntConfig, Pair
 from diffctrl.softpag.headset import Chosen, HeadSet
 from diffctrl.zoo import judge
 from tests import tiny
@@ -128,6 +132,58 @@ def test_a_search_counts_what_ran():
     # Two steps of two blocks: 2 rows of the set alone; 8 candidates with 2 conditional rows in the first
     # step and 8 in the second; 8 twins from the first block on, as the batch holds both depths.
     assert found.block_rows == 2 * 2 * 2 + 2 * (2 + 8) + 2 * 2 * 8
+
+
+class Near:
+    """Rewards the picture that a set makes at one scale."""
+
+    version = "1"
+
+    def __init__(self, name, target):
+        self.name, self._target = name, target
+
+    def score(self, images, prompts):
+        return [-float((image - self._target).abs().mean()) for image in images]
+
+
+def test_a_set_is_used_at_its_best_scale():
+    pipe, config = tiny.sd3_pipeline(), HuntConfig(u=0.5, w=2.0, batch=2)
+    call = {**tiny.CALL, "num_inference_steps": 2}
+    found = HeadSet(
+        chosen=(Chosen(Head(0, 1)), Chosen(Head(1, 0))),
+        pairs=(("a red star", 3),),
+        perturbation=config.perturbation(),
+    )
+    plain = {name: value for name, value in call.items() if name != "guidance_scale"}
+    sampler = PipelineSampler(pipe, replace(config, w=1.5), plain)
+    (target,) = sampler.sample([Pair("a red star", 3)], [found.heads])
+    sampler.close()
+    best = find_headsets.at_best_scale(pipe, found, Goal((Near("near", target),)), config, call)
+    assert (best.u, best.w) == (0.5, 1.5)
+    assert [each["w"] for each in best.use["tried"]] == list(find_headsets.SCALES)
+    assert best.perturbation["w"] == 2.0  # what the search was run with stays
+    assert HeadSet.from_dict(best.to_dict()) == best
+    empty = replace(found, chosen=())
+    assert find_headsets.at_best_scale(pipe, empty, Goal((Near("near", target),)), config, call) is empty
+    assert "no head did better" in find_headsets._told(empty)
+
+
+def test_sets_are_evaluated_at_what_they_carry():
+    found = HeadSet(chosen=(Chosen(Head(0, 1)),), perturbation={"u": 0.5, "w": 2.0}, use={"u": 0.5, "w": 1.5})
+    said = argparse.Namespace(u=None, w=None)
+    assert _carried(found, said) == {"u": 0.5, "w": 1.5}
+    assert _carried(found, argparse.Namespace(u=0.25, w=3.0)) == {"u": 0.25, "w": 3.0}
+    assert _carried(replace(found, use={}), said) == {"u": 0.5, "w": 2.0}
+
+
+def test_a_peer_gets_its_best_scale():
+    with Studio(tiny.sd3_pipeline(), {**tiny.CALL, "num_inference_steps": 1}, 4, 0) as studio:
+        layers = _layers(studio)
+        best = _best(studio, layers, 1.0, argparse.Namespace(search=1))
+    assert best.heads in layers
+    assert best.w in find_headsets.SCALES
+    assert studio.pictures == len(layers) * len(find_headsets.SCALES)
+    assert f"w = {best.w:g}, the best on 1 search prompts" in best.told
 
 
 def test_the_benchmark_counts_extra_forwards_in_the_window_alone():
