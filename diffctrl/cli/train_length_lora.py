@@ -30,17 +30,17 @@ def train_length_lora(
         Path, typer.Option(metavar="DIR", help="LoRA, log and checkpoints; the same again goes on.")
     ],
     model: Annotated[
-        str | None, typer.Option(help="Embedded model, folder, or hub repository. [default: shapes-wan]")
+        str | None, typer.Option(help="Embedded model, folder, or hub repository (default: shapes-wan).")
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="MP4 files, a .txt of the same name beside each, or metadata.jsonl. [default: generated]",
+            help="MP4 files, a .txt of the same name beside each, or metadata.jsonl (default: generated).",
         ),
     ] = None,
     clips: Annotated[
-        int | None, typer.Option(help="Clips to generate, without --data. [default: 2000]")
+        int | None, typer.Option(help="Clips to generate, without --data (default: 2000).")
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height x width in pixels.")] = None,
     method: Annotated[str, typer.Option(metavar="radial|dense", help="Attention in training.")] = "radial",
@@ -49,7 +49,7 @@ def train_length_lora(
         typer.Option("--set", metavar="NAME=VALUE", help="Option of the radial mask; repeatable."),
     ] = None,
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 128,
-    lora_alpha: Annotated[float | None, typer.Option(help="Its strength, over rank. [default: rank]")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Its strength, over rank (default: rank).")] = None,
     added: Annotated[
         bool | None,
         typer.Option("--added/--no-added", help="Adapt the text's projections of joint attention too."),
@@ -73,7 +73,7 @@ def train_length_lora(
     seed: Annotated[int, typer.Option(help="Of weights, order, noise and generated clips.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16, of the frozen weights. [default: by device]")
+        str | None, typer.Option(help="float32 or bfloat16, of the frozen weights (default: by device).")
     ] = None,
 ) -> None:
     """Train a LoRA that makes a video model longer, under the radial mask. Killed trainings go on."""
