@@ -245,6 +245,14 @@ def test_model_sizes_keep_the_proportions():
         sd3()(picture(), PHRASE, size=(30, 32))
 
 
+def test_a_word_that_comes_twice_has_two_maps():
+    found = sd3()(picture(), "the red star left of a red ring", noun_phrase="off")
+    assert list(found.word_maps) == ["the", "red", "star", "left", "of", "a", "red#2", "ring"]
+    assert not torch.allclose(found.word_maps["red"], found.word_maps["red#2"])
+    whole = sum(found.word_maps[name] for name in ("red", "star", "left", "red#2", "ring"))
+    torch.testing.assert_close(found.heat, whole)
+
+
 def test_an_expression_of_stop_words_alone_is_read_and_said():
     found = sd3()(picture(), "the one on it")
     assert "empty_filter" in found.flags
