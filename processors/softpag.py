@@ -146,6 +146,8 @@ class SoftPAGAttnProcessor(ControlAttnProcessor):
 
     def on(self, sites: Sequence[Site]) -> SoftPAGAttnProcessor:
         """The same with u and w of the head set of this model where the settings say none."""
+        if self.config.u is not None and self.config.w is not None:
+            return self
         used = settled(self.config, sites)
         return type(self)(config=replace(self.config, u=used.strength, w=used.scale))
 

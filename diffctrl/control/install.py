@@ -211,7 +211,7 @@ class ControlHandle:
         return {
             attachment.name: {
                 "family": attachment.family.name,
-                "controls": [control.describe() for control in self.controls],
+                "controls": [control.on(attachment.sites).describe() for control in self.controls],
                 "sites": len(attachment.sites),
                 "controlled": len(attachment._installed),
                 "forwards": attachment.context.forwards,

@@ -60,6 +60,9 @@ def test_a_set_brings_its_strength_and_scale(shipped: Path) -> None:
         assert guided(heads) == pytest.approx(guided("L1H1", u=0.25, w=1.5))
         assert guided(heads, w=4.0) == pytest.approx(guided("L1H1", u=0.25, w=4.0))
         assert guided(heads, w=4.0) != pytest.approx(guided(heads))
+        with diffctrl.apply(shared("sd3"), SoftPAGAttnProcessor(heads)) as handle:
+            (stats,) = handle.stats().values()
+        assert "u=0.25, w=1.5" in stats["controls"][0]
     with pytest.raises(ValueError, match="heads mean nothing there"):  # an object is checked like a name
         diffctrl.apply(shared("flux"), SoftPAGAttnProcessor(found))
     guider = SoftPAGGuidance(heads=found)
