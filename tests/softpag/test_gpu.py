@@ -13,7 +13,9 @@ import diffctrl
 from diffctrl.drawing.hunt import PipelineSampler
 from diffctrl.processors import SoftPAGAttnProcessor
 from diffctrl.processors.universe import universe_of
+from diffctrl.softpag import Head
 from diffctrl.softpag.headhunt import HuntConfig, Pair
+from diffctrl.zoo import registry
 from tests import tiny
 from tests.helpers import build, example, run
 
@@ -66,8 +68,27 @@ def test_candidates_of_several_prompts_equal_single_pictures(mode: Any) -> None:
     pairs = [Pair("a red star", 0), Pair("a blue ring", 1), Pair("a red star", 0), Pair("a blue ring", 2)]
     sets = [(heads[0],), (heads[3],), (), (heads[0], heads[2])]
     call = {name: value for name, value in tiny.CALL.items() if name != "guidance_scale"}
-    config = HuntConfig(mode=mode)
+    config = HuntConfig(mode=mode, steady=False)
     with contextlib.closing(PipelineSampler(pipe, config, call)) as sampler:
         together = sampler.sample(pairs, sets)
         alone = [sampler.sample([pair], [heads]) for pair, heads in zip(pairs, sets, strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["batched", "prefix"])
+def test_a_picture_does_not_depend_on_its_batch(mode: Any) -> None:
+    """To the bit in batches of one size, on the embedded model: the number of rows chooses the kernels."""
+    pipe = registry.load("shapes-sd3").to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    heads, own = universe_of(pipe).heads, (Pair("a red star left of a blue ring", 0), (Head(3, 1),))
+    others = [(Pair("a blue ring", seed), (heads[7 * seed % len(heads)],)) for seed in range(15)]
+    recommended = registry.recommended("shapes-sd3")
+    call = {name: value for name, value in recommended.items() if name != "guidance_scale"}
+    call["num_inference_steps"] = 8
+    found = []
+    with contextlib.closing(PipelineSampler(pipe, HuntConfig(mode=mode, u=0.5, batch=16), call)) as sampler:
+        for batch in ([own], [*others[:5], own], [*others, own], [own, *others[8:]]):
+            pairs, sets = zip(*batch, strict=True)
+            found.append(sampler.sample(pairs, sets)[batch.index(own)])
+    apart = [float((each - found[0]).abs().max()) for each in found]
+    assert apart == [0.0] * 4
