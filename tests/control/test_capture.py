@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 import diffctrl
@@ -597,6 +599,36 @@ def test_max_bytes_is_checked_before_anything_is_made(monkeypatch: pytest.Monkey
         run(model, inputs)
     assert maps.result().values.numel() == 2 * 4 * 2 * 35 * 7
     assert made
+
+
+# Of FLUX.1 at 1024 px: 4096 image and 512 text tokens. The running forward is kept apart from the total.
+@pytest.mark.parametrize(
+    ("fields", "mib"),
+    [
+        ({}, 2 * 8),
+        ({"only_keys": tuple(range(20))}, 2 * 0.3125),
+        ({"blocks": "each"}, 2 * 456),
+        ({"heads": "each", "only_blocks": (3,)}, 2 * 192),
+        ({"heads": "each", "blocks": "each"}, 2 * 57 * 192),
+        ({"blocks": "each", "steps": "each"}, 28 * 456),
+    ],
+)
+def test_sizes_at_1024_pixels_are_those_of_the_specification(fields: dict[str, Any], mib: float) -> None:
+    with torch.device("meta"):
+        model = FluxTransformer2DModel().eval()
+        inputs = {
+            "hidden_states": torch.empty(1, 4096, 64),
+            "encoder_hidden_states": torch.empty(1, 512, 4096),
+            "pooled_projections": torch.empty(1, 768),
+        }
+    inputs |= {"timestep": torch.tensor([0.5]), "img_ids": flux_ids(64, 64), "txt_ids": torch.zeros(512, 3)}
+    scheduler = FixedScheduler(28)
+    scheduler.step_index = 0
+    with (
+        diffctrl.capture(model, CaptureSpec(**fields), max_bytes=1, scheduler=scheduler),
+        pytest.raises(ValueError, match=re.escape(f"needs {mib:.4g} MiB for its totals")),
+    ):
+        run(model, inputs)
 
 
 def test_a_route_that_does_not_fit_is_not_taken() -> None:
