@@ -133,6 +133,29 @@ def test_a_search_finds_the_same_heads_with_the_same_scores(top):
                 assert each == complete[each["head"]]
 
 
+class Counted(InProcess):
+    """Notes how many units each call gets, as if several processes took them."""
+
+    def __init__(self, make, lanes):
+        super().__init__(make)
+        self.lanes, self.units = lanes, []
+
+    def run(self, units, on_unit):
+        self.units.append(len(units))
+        super().run(units, on_unit)
+
+
+def test_several_processes_get_work_for_all_of_them():
+    goal, pairs = Goal((Shares(),)), [type(PAIRS[0])(f"prompt {index}", index) for index in range(40)]
+    engines = [Counted(with_goal(goal), lanes) for lanes in (1, 4)]
+    config = HuntConfig(rounds=1, top=1, batch=5)
+    one, four = (search(engine=each, goal=goal, config=config, pairs=pairs)[0] for each in engines)
+    assert one.chosen == four.chosen
+    raced = [each.units[1:-1] for each in engines]  # without the set before and after the race
+    assert min(raced[0]) < 4
+    assert sum(units % 4 == 0 for units in raced[1]) >= len(raced[1]) - 1
+
+
 def test_a_goal_without_bounds_is_scored_in_full():
     assert Goal((JudgeObjective(),)).bounds == (0.0, 1.0)
     assert Goal((SharpnessObjective(),)).bounds is None

@@ -61,6 +61,7 @@ class Engine(Protocol):
     """Carries units out in any order. Its context ends with the search."""
 
     main: bool  # whether this process writes the results
+    lanes: int  # units that are carried out at the same time
     writer: str  # name of this process's log file
 
     def __enter__(self) -> Engine: ...
@@ -77,7 +78,7 @@ class Engine(Protocol):
 class InProcess:
     """A plain loop. The evaluator is made when the first unit needs it: a finished search loads no model."""
 
-    main, writer = True, "0"
+    main, writer, lanes = True, "0", 1
 
     def __init__(self, factory: Factory) -> None:
         self._factory = factory
@@ -122,6 +123,7 @@ class Processes:
         if workers < 1:
             raise ValueError(f"workers={workers} is not a whole number from 1 on")
         self._factory, self._workers = factory, workers
+        self.lanes = workers
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Processes:
@@ -195,6 +197,7 @@ class Ranks(InProcess):
             )
         self.main = self._state.is_main_process
         self.writer = str(self._state.process_index)
+        self.lanes = self._state.num_processes
 
     def ready(self) -> None:
         self._state.wait_for_everyone()

@@ -31,7 +31,7 @@ class RayActors:
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers} is not a whole number from 1 on")
-        self._factory, self._workers = factory, workers
+        self._factory, self._workers, self.lanes = factory, workers, workers
         self._gpus, self._address = gpus, address
         self._actors: list[Any] = []
         self._started = False

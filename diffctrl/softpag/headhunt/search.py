@@ -201,7 +201,7 @@ class Search:
             before={head: row for head, row in self._before.items() if head in pool},
             # Where it is the only one to be chosen, a head that does not beat the set ends the search.
             floor=_mean(base) if self._config.stop_early and self._config.top == 1 else None,
-            batch=self._config.batch,
+            batch=self._config.batch * self._engine.lanes,  # none of the processes shall wait for work
         )
         while cells := race.next():
             jobs = {cell: Job(number, selected, cell[0], self._pairs[cell[1]]) for cell in cells}
