@@ -153,7 +153,7 @@ class SparseDController:
         The dense steps stay. None builds patterns again.
 
         Raises:
-            ValueError: the file holds patterns of other layers, or another block size.
+            ValueError: the file holds patterns of other layers or heads, or another block size.
         """
         if path is None:
             self._given = None
@@ -163,6 +163,12 @@ class SparseDController:
             raise ValueError(
                 f"{path} holds patterns of {len(found)} layers in blocks of {layout.block}; this model has "
                 f"{self.shape.layers} layers, and block_size is {self.config.block_size}"
+            )
+        heads = {pattern.lists.heads for pattern in found.values()}
+        if not heads <= {self.shape.heads, self.shape.kv_heads}:
+            raise ValueError(
+                f"{path} holds patterns of {sorted(heads)} heads; this model has {self.shape.heads}, and "
+                f"{self.shape.kv_heads} of keys"
             )
         self._given = found, layout
 

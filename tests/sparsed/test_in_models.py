@@ -481,6 +481,8 @@ def test_patterns_are_saved_and_used_again(llama, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(built, given, strict=True))
     with on(llama, block_size=32) as control, pytest.raises(ValueError, match="block_size is 32"):
         control.controller.load_patterns(file)
+    with on(tiny_qwen()) as control, pytest.raises(ValueError, match=r"of \[4\] heads; this model has 14"):
+        control.controller.load_patterns(file)
 
 
 def test_other_files_are_refused(llama, tmp_path):
