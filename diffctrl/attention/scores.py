@@ -20,13 +20,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def scores(
+    query: torch.Tensor, key: torch.Tensor, scale: float, below: torch.Tensor | None = None
+) -> torch.Tensor:
     """scale * query key^T as (B, H, R, T), float32 (float64 for float64), whatever the operands are.
 
     Args:
         query: (B, R, H, D), any strides.
         key: (B, T, Hkv, D), the same dtype; H is a multiple of Hkv.
         scale: of the scores.
+        below: (B, H, R, 1), subtracted in the same pass over memory.
 
     >>> scores(torch.ones(1, 2, 4, 8).bfloat16(), torch.ones(1, 3, 2, 8).bfloat16(), 0.5).unique().tolist()
     [4.0]
@@ -42,7 +45,8 @@ def scores(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor
         product = torch.bmm(left, right, out_dtype=torch.float32)
     else:
         product = torch.bmm(left.to(wide), right.to(wide))
-    return product.view(batch, heads, rows, length).mul_(scale)
+    product = product.view(batch, heads, rows, length)
+    return product.mul_(scale) if below is None else torch.add(-below, product, alpha=scale, out=product)
 
 
 def tiles(

@@ -176,10 +176,12 @@ def weights(
     for start in range(0, rows.count, step):
         part = rows.part(start, start + step)
         norm = lse[..., start : start + step].unsqueeze(-1)
-        tile = call.hide(scores(part.of(call.query, 1), key, call.scale), part, columns)
-        tile = tile.sub_(norm).exp_()
-        if call.masked:  # a query without keys has lse -inf and no weights
-            tile = tile.masked_fill_(norm == float("-inf"), 0.0)
+        if call.masked:
+            tile = call.hide(scores(part.of(call.query, 1), key, call.scale), part, columns)
+            # A query without keys has lse -inf and no weights.
+            tile = tile.sub_(norm).exp_().masked_fill_(norm == float("-inf"), 0.0)
+        else:
+            tile = scores(part.of(call.query, 1), key, call.scale, below=norm).exp_()
         yield Part(start, 0, tile)
 
 
