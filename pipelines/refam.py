@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -17,7 +17,8 @@ from diffctrl.pipelines.base import ControlledPipelineMixin
 from diffctrl.pipelines.refam_finish import Seen, finish
 from diffctrl.pipelines.refam_input import check_size, clip_length, fitted_size, pixels_of, resized
 from diffctrl.pipelines.refam_models import FluxReader, MochiReader, SD3Reader, WanReader
-from diffctrl.pipelines.refam_readers import Reader, TextRows
+from diffctrl.pipelines.refam_readers import Reader, TextRows, is_offloaded
+from diffctrl.processors.capture import EverythingRead
 from diffctrl.processors.refam import RefAMAttnProcessor
 from diffctrl.refam import Grounding, RefAMConfig, Weights, score
 from diffctrl.refam.sam import Segmenter
@@ -279,10 +280,10 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
     @contextmanager
     def _reading(self, config: RefAMConfig) -> Iterator[RefAMAttnProcessor]:
         """The processor on the denoiser of this noise level, instead of what is installed."""
-        processor = RefAMAttnProcessor(config)
+        _, model = self.reader.denoiser(config.sigma)
+        processor = RefAMAttnProcessor(config, ends_forwards=not is_offloaded(model))
         installed = self._take_off()
         try:
-            _, model = self.reader.denoiser(config.sigma)
             with diffctrl.apply(model, processor, batch_layout="cond"):
                 yield processor
         finally:
@@ -311,7 +312,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         processor.reset()
         for draw in range(config.n_noise):  # the processor averages over forwards
             noised = torch.stack([reader.noised(task.latents, config, draw) for task in tasks])
-            with torch.no_grad():
+            with torch.no_grad(), suppress(EverythingRead):
                 reader.forward(noised, embeds, stacked, config)
         found = processor.weights()
         seconds = (time.perf_counter() - began) / len(tasks)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffctrl.control.prefix import has_diffusers_hooks
 from diffctrl.refam import (
     Encoded,
     Piece,
@@ -247,6 +248,11 @@ class Reader(ABC):
         generator = torch.Generator("cpu").manual_seed(config.seed + draw)
         noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32)
         return (1 - config.sigma) * latents.float().cpu() + config.sigma * noise
+
+
+def is_offloaded(model: Any) -> bool:
+    """Whether hooks move parts of a model about, which a forward that breaks off would leave half moved."""
+    return any(hasattr(module, "_hf_hook") or has_diffusers_hooks(module) for module in model.modules())
 
 
 def phrase_rule(config: RefAMConfig) -> NounPhrase:

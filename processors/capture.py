@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffctrl.attention.capture import ROUTES, CaptureResult, CaptureSpec, Route
@@ -20,6 +21,10 @@ Specs = CaptureSpec | Mapping[str, CaptureSpec]
 MAX_BYTES = 256 << 20
 
 
+class EverythingRead(Exception):  # noqa: N818 - no error
+    """Breaks a forward off after the last block that is read; see `CaptureAttnProcessor`."""
+
+
 class CaptureAttnProcessor(ControlAttnProcessor):
     """Keeps what the specs ask for of the attention weights, and changes nothing.
 
@@ -32,6 +37,8 @@ class CaptureAttnProcessor(ControlAttnProcessor):
         max_bytes: of all totals and the working memory. More is refused before a forward.
         route: "lse", "chunked" or "one_hot" (see `diffctrl.attention.capture.routes`); None for the cheapest
             of each call.
+        ends_forwards: raise `EverythingRead` after the last block that a spec reads, for a caller that wants
+            no output. Compiled blocks run to the end.
 
     Raises:
         TypeError, ValueError: an argument is not accepted.
@@ -39,7 +46,14 @@ class CaptureAttnProcessor(ControlAttnProcessor):
 
     method = "capture"
 
-    def __init__(self, specs: Specs, *, max_bytes: int = MAX_BYTES, route: Route | None = None) -> None:
+    def __init__(
+        self,
+        specs: Specs,
+        *,
+        max_bytes: int = MAX_BYTES,
+        route: Route | None = None,
+        ends_forwards: bool = False,
+    ) -> None:
         super().__init__()
         named = specs if isinstance(specs, Mapping) else {"capture": specs}
         for name, spec in named.items():
@@ -56,6 +70,7 @@ class CaptureAttnProcessor(ControlAttnProcessor):
         self.specs: dict[str, CaptureSpec] = dict(named)
         self._max_bytes = max_bytes
         self._route: Route | None = route
+        self._ends_forwards = ends_forwards
         self._collectors: dict[int, tuple[Context, Collector]] = {}
         tells_rows = any(spec.rows != "all" for spec in self.specs.values())
         self.contributes = Contributions(tells_rows=tells_rows, reads_tokens=True)
@@ -101,6 +116,10 @@ class CaptureAttnProcessor(ControlAttnProcessor):
                 "devices; turn parallelism off for the capture"
             )
         run_task(ticket, call, lse)
+        if self._ends_forwards and not torch.compiler.is_compiling():
+            _, collector = self._collectors[id(site.context)]
+            if collector.is_done:
+                raise EverythingRead
 
     def result(self, name: str | None = None, *, model: str | None = None) -> CaptureResult:
         """What was captured so far.
@@ -194,4 +213,4 @@ def capture(
     return CaptureHandle(processor, apply(target, controls, scheduler=scheduler, batch_layout=batch_layout))
 
 
-__all__ = ["CaptureAttnProcessor", "CaptureHandle", "capture"]
+__all__ = ["CaptureAttnProcessor", "CaptureHandle", "EverythingRead", "capture"]

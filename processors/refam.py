@@ -26,6 +26,7 @@ class RefAMAttnProcessor(CaptureAttnProcessor):
         config: settings; keywords of `RefAMConfig` may be given instead.
         max_bytes: of all that is kept and of the working memory; more is refused before a forward.
         route: to the weights; None for the cheapest of each call.
+        ends_forwards: see `CaptureAttnProcessor`.
 
     Raises:
         TypeError, ValueError: an argument is not accepted.
@@ -40,6 +41,7 @@ class RefAMAttnProcessor(CaptureAttnProcessor):
         *,
         max_bytes: int = MAX_BYTES,
         route: Route | None = None,
+        ends_forwards: bool = False,
         **settings: Any,
     ) -> None:
         if config is not None and settings:
@@ -53,7 +55,7 @@ class RefAMAttnProcessor(CaptureAttnProcessor):
             "text_mass": CaptureSpec(quantity="column_mass", queries="text", blocks="each"),
             "t2i": CaptureSpec(queries="text", keys="image", blocks="each"),
         }
-        super().__init__(named, max_bytes=max_bytes, route=route)
+        super().__init__(named, max_bytes=max_bytes, route=route, ends_forwards=ends_forwards)
 
     def describe(self) -> str:
         config = self.config

@@ -184,6 +184,11 @@ class Collector:
         }
         return {name: task.ticket for name, task in self._tasks.items()}
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the running forward has run every block that is captured in it."""
+        return not any(entry.pending for entry in self.entries.values())
+
     def _done(self, site: Site) -> None:
         for entry in self.entries.values():
             entry.done(site)

@@ -46,6 +46,15 @@ class _Replay(_Stand):
         return self.__dict__["output"]
 
 
+def has_diffusers_hooks(module: nn.Module) -> bool:
+    """Whether hooks of diffusers (a step cache, group offloading) are on this very module.
+
+    An empty registry stays behind where there were some, and where a run has ended.
+    """
+    registry = getattr(module, "_diffusers_hook", None)
+    return bool(registry is not None and registry.hooks)
+
+
 class Prefix:
     """The blocks of a model before the first perturbed one.
 
@@ -71,7 +80,7 @@ class Prefix:
         self._taps: dict[int, _Tap] = {}
         for blocks in self._lists:
             for block in blocks:
-                if getattr(block, "_diffusers_hook", None) is not None:
+                if has_diffusers_hooks(block):
                     raise RuntimeError(
                         "mode='prefix' skips blocks, but the blocks of this model carry hooks of diffusers "
                         "(a step cache or group offloading) that count on each one; use "

@@ -55,6 +55,29 @@ def test_a_result_does_not_depend_on_its_batch(name):
     assert not torch.allclose(together[0].heat, together[1].heat)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_behind_the_last_that_is_read_do_not_run(name):
+    pipe, ran = PIPELINES[name](), []
+    _, model = pipe.reader.denoiser(0.5)
+    blocks = getattr(model, "blocks", None) or model.transformer_blocks
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, at=at: ran.append(at)) for at, block in enumerate(blocks)
+    ]
+    try:
+        found = pipe(picture(), PHRASE, size=SIZES[name], blocks="0-0")
+        assert ran == [0]
+        ran.clear()
+        blocks[-1]._hf_hook = None  # as under accelerate's offloading: a forward runs to its end
+        whole = pipe(picture(), PHRASE, size=SIZES[name], blocks="0-0")
+        assert ran == list(range(len(blocks)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        del blocks[-1]._hf_hook
+    assert torch.equal(found.heat, whole.heat)
+    assert found.point == whole.point
+
+
 def test_a_weighted_sum_of_values_would_give_the_same_weights():
     """The columns are those of the model's own softmax: with t2i, i2t and the masses read at once."""
     model = shared("sd3")
@@ -322,7 +345,7 @@ def test_processors_come_back_after_an_error():
 
     for installed in (None, softpag):
         pipe.set_attn_processor(installed)
-        hook = blocks[1].register_forward_hook(fail)
+        hook = blocks[1].register_forward_pre_hook(fail)
         try:
             with pytest.raises(ValueError, match="block 9"):
                 pipe(picture(), PHRASE, blocks="9")
