@@ -27,6 +27,7 @@ from diffctrl.lengthening.encoded import EncodedClips
 from diffctrl.lengthening.log import Log
 from diffctrl.lengthening.plan import TrainPlan
 from diffctrl.pipelines.length import adapted, base_of
+from diffctrl.processes import leave_group_at_exit
 from diffctrl.processors import RadialAttnProcessor
 
 ADAPTER = "length"
@@ -61,6 +62,7 @@ def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> P
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # of the adapter; its weights stay in float32
     accelerator = Accelerator(cpu=plan.device == "cpu", gradient_accumulation_steps=plan.accumulate)
+    leave_group_at_exit()
     on_progress(Progress("loading", 0, 1))
     identity = {**plan.identity(), "processes": accelerator.num_processes}
     checkpoints = Checkpoints(plan.out / "checkpoints", identity, plan.keep)

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from diffctrl.processes import leave_group_at_exit
 from diffctrl.softpag.headhunt.jobs import Pair, Unit
 from diffctrl.softpag.headhunt.scoring import Scorer, Values
 from diffctrl.softpag.heads import Head
@@ -190,6 +191,7 @@ class Ranks(InProcess):
 
         # Without a GPU it must be told, or it starts no process group and each rank would search alone.
         self._state = PartialState(cpu=not torch.cuda.is_available())
+        leave_group_at_exit()
         if launched() and self._state.num_processes == 1:
             raise RuntimeError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate started no process group, so that "
