@@ -114,6 +114,10 @@ class FlowTraining(ABC):
     """Names of the components that learn."""
     vae_facts: ClassVar[tuple[str, ...]]
     """What the pack records of the autoencoder."""
+    recorded: ClassVar[tuple[str, ...]] = (
+        "smoke", "shift", "batch", "optimizer", "learning_rate", "pool", "seed", "commit",
+    )  # fmt: skip
+    """Options that the pack records."""
 
     def __init__(self, options: Any, parts: Any, device: torch.device) -> None:
         self.options, self.parts, self.device = options, parts, device
@@ -153,11 +157,6 @@ class FlowTraining(ABC):
     @abstractmethod
     def write_pack(self, path: Path, facts: dict[str, Any]) -> None:
         """Write the averaged weights."""
-
-    recorded: ClassVar[tuple[str, ...]] = (
-        "smoke", "shift", "batch", "optimizer", "learning_rate", "pool", "seed", "commit",
-    )  # fmt: skip
-    """Options that the pack records."""
 
     # --- the step -------------------------------------------------------------------------------------------
 

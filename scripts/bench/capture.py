@@ -35,7 +35,7 @@ from diffctrl.scripts.bench.harness import (
     Figure,
     Timing,
     card_state,
-    print_table,
+    print_figures,
     summarise,
     write_report,
 )
@@ -320,13 +320,7 @@ def main() -> None:
     figures.append(Figure("largest relative error of a weight", relative, bar=1e-3, compare="<="))
     times, peaks = rotation(contenders, rounds, device)
     figures += figures_of(times, peaks, routes, bars=not quick)
-    print_table(
-        ("figure", "value", "unit", "holds"),
-        [
-            (f.name, f"{f.value:.4g}", f.unit, "" if f.bar is None else str(f.as_dict()["holds"]))
-            for f in figures
-        ],
-    )
+    print_figures(figures)
     write_report(args.out, "capture", figures, seeds=[SEED], card=card_state())
 
 

@@ -263,6 +263,15 @@ def _module_name() -> str:
     return spec.name if spec is not None else Path(sys.argv[0]).stem
 
 
+def print_figures(figures: Sequence[Figure]) -> None:
+    """Every figure with its unit, and whether it holds where it is a claim."""
+    rows = [
+        (f.name, f"{f.value:.4g}", f.unit, "" if f.bar is None else str(f.as_dict()["holds"]))
+        for f in figures
+    ]
+    print_table(("figure", "value", "unit", "holds"), rows)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):

@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from diffctrl.pipelines import FluxRefAMPipeline
 from diffctrl.scripts.bench.capture import REAL, TINY, flux, flux_inputs, run
-from diffctrl.scripts.bench.harness import Figure, card_state, print_table, summarise, write_report
+from diffctrl.scripts.bench.harness import Figure, card_state, print_figures, summarise, write_report
 from diffctrl.zoo import tokenizers, worlds
 
 SEED = 20264
@@ -144,13 +144,7 @@ def main() -> None:
             call.high / forward.low, "x", None if quick else 1.3, "<=",
         ),
     ]  # fmt: skip
-    print_table(
-        ("figure", "value", "unit", "holds"),
-        [
-            (f.name, f"{f.value:.4g}", f.unit, "" if f.bar is None else str(f.as_dict()["holds"]))
-            for f in figures
-        ],
-    )
+    print_figures(figures)
     write_report(args.out, "refam_speed", figures, seeds=[SEED], card=card_state())
 
 

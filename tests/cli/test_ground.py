@@ -32,7 +32,7 @@ def ground(run, tiny_model, tmp_path):
     return ground
 
 
-def test_writes_overlay_mask_and_recipe(ground, photo, tmp_path):
+def test_writes_overlay_mask_and_recipe(ground, run, photo, tmp_path):
     done = ground(photo, PHRASE)
     assert done.exit_code == 0, done.stderr
     overlay, mask, record = done.stdout.split("\n")[:3]
@@ -51,6 +51,9 @@ def test_writes_overlay_mask_and_recipe(ground, photo, tmp_path):
     assert recipe["picture"]["name"] == "my photo.jpg"
     assert len(recipe["picture"]["sha256"]) == len(recipe["weights"]["sha256"]) == 64
     assert found["settings"]["sigma"] == 0.5
+    shown = run("info", record).stdout
+    assert "name=my photo.jpg" in shown
+    assert recipe["device"] in shown
     assert PHRASE.replace(" ", "-") not in overlay  # nothing of the words is in a file name
     again = ground(photo, PHRASE)
     assert again.stdout == done.stdout

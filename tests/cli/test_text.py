@@ -79,7 +79,7 @@ def test_a_file_repeats_its_text(text, run, tmp_path, more):
     assert [path.name for path in tmp_path.rglob("*.part")] == []
 
 
-def test_what_the_file_holds(text, tmp_path):
+def test_what_the_file_holds(text, run, tmp_path):
     text("red cup", "--out", tmp_path / "a.json", "--seed", 3, *SPARSE, "--set", "select=0.4")
     found = json.loads((tmp_path / "a.json").read_text())
     recipe = found["recipe"]
@@ -92,6 +92,7 @@ def test_what_the_file_holds(text, tmp_path):
     assert len(found["tokens"]) == 16
     assert found["stats"]["control"]["steps"] == {"dense": 1, "build": 1, "sparse": 6}
     assert {"diffctrl", "torch", "transformers"} <= recipe["versions"].keys()
+    assert json.loads(run("info", tmp_path / "a.json", "--json").stdout) == recipe
 
 
 def test_options_override_the_file(text, run, tmp_path):

@@ -205,6 +205,11 @@ def test_a_step_cache_keeps_its_own_state_for_the_twin_or_is_refused() -> None:
         pytest.raises(RuntimeError, match=r"mode='prefix' skips blocks.*step cache"),
     ):
         generate(cached)
+    # Turned off, it leaves registries without hooks behind, which count on no block.
+    cached.transformer.disable_cache()
+    assert hasattr(cached.transformer.blocks[0], "_diffusers_hook")
+    with diffctrl.apply(cached, SoftPAGAttnProcessor("L1", mode="prefix")):
+        torch.testing.assert_close(generate(cached, guidance_scale=4.0), results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "prefix"])

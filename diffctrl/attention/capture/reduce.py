@@ -72,9 +72,7 @@ def accumulate(parts: Iterable[Part], sinks: Iterable[Sink], valid: torch.Tensor
     most = count.log() if isinstance(count, torch.Tensor) else math.log(count)
     for i, (mass, log_mass) in moments.items():
         limit = _broadcast(most, mass.ndim)
-        if isinstance(limit, float) and limit == 0.0:  # one query is as even as can be, and says nothing
-            continue
-        # -sum p log p with p = w / mass.
+        # -sum p log p with p = w / mass; a single query, of limit 0, says nothing.
         entropy = mass.log() - log_mass / mass
         sinks[i].total.add_(torch.where((mass > 0) & (limit > 0), entropy / limit, 0.0))
 
