@@ -107,7 +107,9 @@ def write_folder_files(
 def figures_table(metrics: dict[str, Any] | None) -> str:
     """The card's table: every figure that has an interval and a bar."""
     rows = "\n".join(
-        "| {name} | {value:.1f} [{low:.1f}, {high:.1f}] {unit} | {bar} |".format(**row)
+        "| {name} | {value:.1f} [{low:.1f}, {high:.1f}] {unit} | {bar} |".format(
+            **row | {"bar": row["bar"] if row.get("holds", True) else f"{row['bar']}: missed"}
+        )
         for row in (metrics or {}).get("figures", [])
         if row.get("low") is not None and row.get("bar") is not None
     )

@@ -19,7 +19,8 @@ equal counts (ragged: 1 to twice the count), useful TFLOP/s of the device:
 With the host included, back to back at 4.6k: flash4 dense 570 through its public function and 629 through
 `attend`, cudnn 565; over lists flash4 657 / 551 / 445, triton 497 / 372 / 272. Against the best dense kernel
 `attend` over lists reaches 0.85 at 4.6k and density .25, 0.69 at .11, 1.04 at 32k, 0.97 at 119k. There the
-card throttles and a row moves by 10 % between runs: in the run before, the library's form was as fast.
+card throttles and a row moves by 10 % between runs: in the run before, the library's form was as fast. (The
+JSON calls the library's form flash4-stock, and has a persistent one that lost and is no longer here.)
 
 A kernel that cannot take a call says so itself (`why_not`): here is only the order.
 """
