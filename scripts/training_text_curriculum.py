@@ -37,7 +37,7 @@ class Curriculum:
         self._unlock(fraction)
         open_lengths = self.lengths[: self.unlocked]
         # Once all lengths are open, lookups are learnt in less than half of the time; sorting is not.
-        short = 2.0 if self.unlocked < len(self.lengths) else 4.0
+        short = 2.0 if self.unlocked < len(self.lengths) else 3.0
         weights = {length: short if length <= EVERY_TASK else 1.0 for length in open_lengths}
         weights[open_lengths[-1]] += 1.0
         return min(open_lengths, key=lambda length: self.seconds.get(length, 0.0) / weights[length])
