@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +17,11 @@ from diffctrl.pipelines.base import ControlledPipelineMixin
 from diffctrl.pipelines.refam_finish import Seen, finish
 from diffctrl.pipelines.refam_input import check_size, clip_length, fitted_size, pixels_of, resized
 from diffctrl.pipelines.refam_models import FluxReader, MochiReader, SD3Reader, WanReader
-from diffctrl.pipelines.refam_readers import Reader, TextRows, is_offloaded
+from diffctrl.pipelines.refam_readers import Reader, is_offloaded
+from diffctrl.pipelines.refam_weighed import Weighed, batches
 from diffctrl.processors.capture import EverythingRead
 from diffctrl.processors.refam import RefAMAttnProcessor
-from diffctrl.refam import Grounding, RefAMConfig, Weights, score
+from diffctrl.refam import Grounding, RefAMConfig, score, token_maps
 from diffctrl.refam.sam import Segmenter
 from diffctrl.refam.scoring import unsettled
 
@@ -39,29 +40,6 @@ class Drawing:
 
     output: Any
     grounding: Grounding
-
-
-@dataclass(slots=True, eq=False)
-class Weighed:
-    """One expression about one picture, on its way.
-
-    Attributes:
-        seen: the picture.
-        latents: (C, ...) of it.
-        rows: the expression as the model reads it.
-        seconds: of the parts so far.
-        weights: the attention, once it was read.
-    """
-
-    seen: Seen
-    latents: Tensor
-    rows: TextRows
-    seconds: dict[str, float] = field(default_factory=dict)
-    weights: Weights | None = None
-
-    @property
-    def bucket(self) -> tuple[Any, ...]:
-        return (tuple(self.latents.shape), len(self.rows.table))
 
 
 class RefAMPipelineMixin(ControlledPipelineMixin):
@@ -144,9 +122,13 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         segmenter = self._sam(config)
         tasks = self._tasks(pairs, config, size, frames)
         with self._reading(config) as processor:
-            self._run(tasks, config, processor, batch_size)
-            if config.sinks == "redirect":
-                self._redirect(tasks, config, processor, batch_size)
+            for batch in batches(tasks, batch_size):
+                self._forward(batch, config, processor)
+                if config.sinks == "redirect":
+                    self._redirect(batch, config, processor)
+                for task in batch:  # maps of all blocks take megabytes, and leave the card for no sum
+                    self._score(task, config)
+                    task.weights = None
         return [self._finished(task, config, segmenter) for task in tasks]
 
     def weigh(
@@ -161,7 +143,11 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         """The attention of many pairs, for `conclude` under several settings that need the same forward."""
         tasks = self._tasks(pairs, config, size, frames)
         with self._reading(config) as processor:
-            self._run(tasks, config, processor, batch_size)
+            for batch in batches(tasks, batch_size):
+                self._forward(batch, config, processor)
+                for task in batch:
+                    assert task.weights is not None
+                    task.weights = task.weights.cpu()
         return tasks
 
     def conclude(self, weighed: Weighed, config: RefAMConfig) -> Grounding:
@@ -172,6 +158,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         assert weighed.weights is not None
         blocks = config.chosen_blocks(weighed.weights.count)
         part = replace(weighed, weights=weighed.weights.only(blocks), seconds=dict(weighed.seconds))
+        self._score(part, config)
         return self._finished(part, config, self._sam(config))
 
     def draw(
@@ -220,9 +207,10 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         size = (pixels.shape[-2], pixels.shape[-1]) if pixels is not None else (grid[1], grid[2])
         shown = pixels if pixels is not None else torch.zeros(1, 3, *size)
         seen = Seen(expression, shown, size, self.reader.frame_step)
-        scored = score(weights, table, chosen, encoder=self.reader.encoder(chosen.encoder))
+        scored = score(weights, table, chosen, encoder=self.reader.encoder(chosen.encoder)).cpu()
+        tokens = token_maps(weights, chosen).cpu()
         found = finish(
-            seen, scored, weights, grid, chosen, self._sam(chosen), {}, {"draw": seconds}, self.reader
+            seen, scored, tokens, grid, chosen, self._sam(chosen), {}, {"draw": seconds}, self.reader
         )
         return Drawing(output, found)
 
@@ -248,15 +236,10 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         frames: int | None,
     ) -> list[Weighed]:
         reader = self.reader
+        reader.settle()
         expressions = [_checked(expression) for _, expression in pairs]
-        began = time.perf_counter()
-        reader.learn([text for each in expressions for text in reader.texts(each, config)])
-        rows = {each: reader.rows(each, config) for each in dict.fromkeys(expressions)}
-        reader.forget(keep=config.active_magnets)
-        text_seconds = (time.perf_counter() - began) / len(pairs)
         known: dict[int, tuple[Seen, Tensor, float]] = {}
-        tasks = []
-        for (picture, _), expression in zip(pairs, expressions, strict=True):
+        for picture, _ in pairs:
             if id(picture) not in known:
                 began = time.perf_counter()
                 pixels = pixels_of(picture)
@@ -265,13 +248,21 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
                 height, width = pixels.shape[-2:]
                 fitted = check_size(size, reader) if size else fitted_size(height, width, reader)
                 read = pixels[: clip_length(len(pixels), reader, frames)]
-                with torch.no_grad():
-                    latents = reader.encode(resized(read, fitted) * 2 - 1).float().cpu()
+                with torch.no_grad(), reader.beside():
+                    latents = reader.encode(resized(read, fitted).to(reader.device) * 2 - 1)
                 known[id(picture)] = (
                     Seen("", pixels, fitted, reader.frame_step),
                     latents,
                     time.perf_counter() - began,
                 )
+        began = time.perf_counter()
+        reader.learn([text for each in expressions for text in reader.texts(each, config)])
+        rows = {each: reader.rows(each, config) for each in dict.fromkeys(expressions)}
+        reader.forget(keep=config.active_magnets)
+        text_seconds = (time.perf_counter() - began) / len(pairs)
+        reader.join()
+        tasks = []
+        for (picture, _), expression in zip(pairs, expressions, strict=True):
             seen, latents, seconds = known[id(picture)]
             seen = replace(seen, expression=expression)
             tasks.append(Weighed(seen, latents, rows[expression], {"encode": seconds, "text": text_seconds}))
@@ -290,18 +281,8 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
             self._put_back(installed)
             self.maybe_free_model_hooks()  # type: ignore[attr-defined] # of a model that is offloaded
 
-    def _run(
-        self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor, batch_size: int
-    ) -> None:
-        """Fill in the weights; tasks of one shape share forwards."""
-        buckets: dict[tuple[Any, ...], list[Weighed]] = {}
-        for task in tasks:
-            buckets.setdefault(task.bucket, []).append(task)
-        for bucket in buckets.values():
-            for start in range(0, len(bucket), batch_size):
-                self._forward(bucket[start : start + batch_size], config, processor)
-
     def _forward(self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor) -> None:
+        """Fill in the weights, on the device; the tasks have one shape."""
         reader = self.reader
         began = time.perf_counter()
         embeds = reader.place(torch.stack([task.rows.embeds for task in tasks]))
@@ -317,12 +298,10 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         found = processor.weights()
         seconds = (time.perf_counter() - began) / len(tasks)
         for task, weights in zip(tasks, found, strict=True):
-            task.weights = weights.cpu()
+            task.weights = weights
             task.seconds["forward"] = task.seconds.get("forward", 0.0) + seconds
 
-    def _redirect(
-        self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor, batch_size: int
-    ) -> None:
+    def _redirect(self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor) -> None:
         """Add a magnet where a word with content is a sink, and run again; twice at most."""
         encoder = self.reader.encoder(config.encoder)
         for count in range(1, len(_MORE_MAGNETS) + 1):
@@ -332,27 +311,27 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
                 if unsettled(score(task.weights, task.rows.table, config, encoder=encoder)):
                     task.rows = self.reader.rows(task.seen.expression, config, _MORE_MAGNETS[:count])
                     again.append(task)
-            self._run(again, config, processor, batch_size)
+            for batch in batches(again, len(tasks)):
+                self._forward(batch, config, processor)
 
-    def _finished(self, task: Weighed, config: RefAMConfig, segmenter: Segmenter | None) -> Grounding:
+    def _score(self, task: Weighed, config: RefAMConfig) -> None:
         assert task.weights is not None
         began = time.perf_counter()
         encoder = self.reader.encoder(config.encoder)
         scored = score(task.weights, task.rows.table, config, encoder=encoder)
+        task.scored = scored.cpu(), token_maps(task.weights, config).cpu()
+        task.seconds["score"] = time.perf_counter() - began
+
+    def _finished(self, task: Weighed, config: RefAMConfig, segmenter: Segmenter | None) -> Grounding:
+        assert task.scored is not None
+        scored, tokens = task.scored
         flags = dict(task.rows.flags)
         if config.sinks == "redirect" and (left := unsettled(scored)):
             words = ", ".join(scored.table.tokens[i].word for i in left)
             flags["sink_unsettled"] = f"{words}: still a sink after {len(_MORE_MAGNETS)} more magnets"
-        task.seconds["score"] = time.perf_counter() - began
-        grid = self._grid_of(task)
-        return finish(
-            task.seen, scored, task.weights, grid, config, segmenter, flags, task.seconds, self.reader
-        )
-
-    def _grid_of(self, task: Weighed) -> tuple[int, int, int]:
         height, width = (side // self.reader.multiple for side in task.seen.model_size)
-        assert task.weights is not None
-        return task.weights.i2t.shape[-1] // (height * width), height, width
+        grid = scored.heat.numel() // (height * width), height, width
+        return finish(task.seen, scored, tokens, grid, config, segmenter, flags, task.seconds, self.reader)
 
 
 def _checked(expression: Any) -> str:

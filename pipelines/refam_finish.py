@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffctrl.pipelines.refam_input import middle_frame_of
 from diffctrl.pipelines.refam_readers import Reader
-from diffctrl.refam import Grounding, RefAMConfig, Scored, Weights, directions, word_map
+from diffctrl.refam import Grounding, RefAMConfig, Scored, directions
 from diffctrl.refam.locate import best_frame, box_of, centre, mask_of, peak, spatial_bias
 from diffctrl.refam.sam import Segmenter
 
@@ -48,7 +48,7 @@ class Seen:
 def finish(
     seen: Seen,
     scored: Scored,
-    weights: Weights,
+    tokens: Tensor,
     grid: tuple[int, int, int],
     config: RefAMConfig,
     segmenter: Segmenter | None,
@@ -61,7 +61,7 @@ def finish(
     Args:
         seen: the picture.
         scored: the heat map and the tokens it was made of.
-        weights: for the maps of single words.
+        tokens: (T, I) the map of each token, for those of single words.
         grid: (frames, rows, columns) of the image tokens.
         config: settings.
         segmenter: where masks come from, or None.
@@ -75,7 +75,7 @@ def finish(
     bias = torch.ones(rows, columns)
     if config.spatial_bias:
         bias = spatial_bias(directions(words), rows, columns, config.bias_floor)
-    maps = scored.heat.view(frames, rows, columns).float().cpu() * bias
+    maps = scored.heat.view(frames, rows, columns) * bias
     anchor = best_frame(maps) if config.anchor == "best" and frames > 1 else 0
     heat = maps[anchor]
     flags = {**flags, **scored.flags}
@@ -100,7 +100,7 @@ def finish(
         )
         if found and not word.is_punctuation:
             name = word.text if word.occurrence == 0 else f"{word.text}#{word.occurrence + 1}"
-            named[name] = word_map(weights, found, config).view(frames, rows, columns)[anchor].float().cpu()
+            named[name] = tokens[list(found)].mean(dim=0).view(frames, rows, columns)[anchor]
     timings = {**seconds, "mask": time.perf_counter() - began}
     return Grounding(
         expression=seen.expression,

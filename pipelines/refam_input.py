@@ -37,8 +37,10 @@ def pixels_of(picture: Any) -> Tensor:
             raise ValueError(
                 f"an array of shape {picture.shape} is no picture (H, W, 3) and no video (F, H, W, 3)"
             )
-        scale = 255.0 if picture.dtype == np.uint8 else 1.0
-        picture = torch.from_numpy(np.array(picture)).movedim(-1, -3).float() / scale
+        values = torch.from_numpy(np.array(picture)).movedim(-1, -3)
+        if picture.dtype == np.uint8:
+            return (values.float() / 255).reshape(-1, *values.shape[-3:])
+        picture = values.float()
     if not isinstance(picture, Tensor):
         raise TypeError(
             f"a {type(picture).__name__} is no picture; give a PIL image, an array (H, W, 3), a tensor "

@@ -37,7 +37,12 @@ class SD3Reader(Reader):
         pipe, clip = self.pipe, self.streams[0].limit
         length = self._t5_length if len(self.streams) > 1 else 1
         embeds, _, pooled, _ = pipe.encode_prompt(
-            texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+            texts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=length,
         )
         streams = {"clip": embeds[:, :clip]}
         if len(self.streams) > 1:
@@ -46,7 +51,7 @@ class SD3Reader(Reader):
 
     def encode(self, pixels: Tensor) -> Tensor:
         vae = self.pipe.vae
-        latents = _mode(vae.encode(pixels[:1].to(device=self.pipe._execution_device, dtype=vae.dtype)))
+        latents = _mode(vae.encode(pixels[:1].to(device=self.device, dtype=vae.dtype)))
         return ((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)[0]
 
     def forward(self, latents: Tensor, embeds: Tensor, pooled: Tensor | None, config: RefAMConfig) -> None:
@@ -72,12 +77,14 @@ class FluxReader(Reader):
         return side * side, 2 * self.pipe.vae_scale_factor
 
     def _embed(self, texts: list[str]) -> tuple[dict[str, Tensor], Tensor | None]:
-        embeds, pooled, _ = self.pipe.encode_prompt(texts, texts, max_sequence_length=self._length)
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            texts, texts, device=self.device, max_sequence_length=self._length
+        )
         return {"t5": embeds}, pooled
 
     def encode(self, pixels: Tensor) -> Tensor:
         vae = self.pipe.vae
-        latents = _mode(vae.encode(pixels[:1].to(device=self.pipe._execution_device, dtype=vae.dtype)))
+        latents = _mode(vae.encode(pixels[:1].to(device=self.device, dtype=vae.dtype)))
         return ((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)[0]
 
     def forward(self, latents: Tensor, embeds: Tensor, pooled: Tensor | None, config: RefAMConfig) -> None:
@@ -114,13 +121,16 @@ class MochiReader(Reader):
 
     def _embed(self, texts: list[str]) -> tuple[dict[str, Tensor], Tensor | None]:
         embeds = self.pipe.encode_prompt(
-            texts, do_classifier_free_guidance=False, max_sequence_length=self._length
+            texts,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._length,
         )[0]
         return {"t5": embeds}, None
 
     def encode(self, pixels: Tensor) -> Tensor:
         vae = self.pipe.vae
-        video = pixels.transpose(0, 1)[None].to(device=self.pipe._execution_device, dtype=vae.dtype)
+        video = pixels.transpose(0, 1)[None].to(device=self.device, dtype=vae.dtype)
         latents = _mode(vae.encode(video)).float()
         mean, std = _statistics(vae, latents, 0.0, 1.0)
         return ((latents - mean) * vae.config.scaling_factor / std)[0]
@@ -155,7 +165,10 @@ class WanReader(Reader):
 
     def _embed(self, texts: list[str]) -> tuple[dict[str, Tensor], Tensor | None]:
         embeds = self.pipe.encode_prompt(
-            texts, do_classifier_free_guidance=False, max_sequence_length=self._length
+            texts,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self._length,
         )[0]
         return {"t5": embeds}, None
 
@@ -167,7 +180,7 @@ class WanReader(Reader):
 
     def encode(self, pixels: Tensor) -> Tensor:
         vae = self.pipe.vae
-        video = pixels.transpose(0, 1)[None].to(device=self.pipe._execution_device, dtype=vae.dtype)
+        video = pixels.transpose(0, 1)[None].to(device=self.device, dtype=vae.dtype)
         latents = _mode(vae.encode(video)).float()
         mean, std = _statistics(vae, latents, 0.0, 1.0)
         return ((latents - mean) / std)[0]

@@ -7,7 +7,8 @@ A reader knows one pipeline class and nothing of maps.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,6 +73,7 @@ class Reader(ABC):
         longest_side: in pixels, or None for no limit.
         frame_step: frames of a latent frame after the first one; 0 where the model knows pictures alone.
         frame_chunk: frames that the autoencoder takes at a time after the first one.
+        device, dtype: of the denoiser's inputs.
     """
 
     longest_side: int | None = None
@@ -84,6 +86,20 @@ class Reader(ABC):
         self.streams: tuple[Stream, ...] = self._streams()
         self.area, self.multiple = self._size()
         self._known: dict[str, tuple[dict[str, Tensor], Tensor | None]] = {}
+        self._beside: torch.cuda.Stream | None = None
+        self.settle()
+
+    def settle(self) -> None:
+        """Look up where and in which dtype the denoiser runs.
+
+        Once a call: both are walks over all modules, and so is the pipeline's own device, which is asked for
+        only where weights wait elsewhere than they run.
+        """
+        pipe = self.pipe
+        weights = next(pipe.transformer.parameters()).device
+        moved = weights.type in ("cpu", "meta") or pipe.hf_device_map
+        self.device: torch.device = pipe._execution_device if moved else weights
+        self.dtype: torch.dtype = pipe.transformer.dtype
 
     @abstractmethod
     def _streams(self) -> tuple[Stream, ...]: ...
@@ -233,12 +249,33 @@ class Reader(ABC):
             return " ".join([main, *magnets]), ()
         return main, magnets
 
+    # --- pictures -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What a GPU is given here it does beside what comes next, until `join`.
+
+        The autoencoder is little work for the host and much for the card, text encoders are the reverse. The
+        memory of this stream is used again only after it has waited for the other one.
+        """
+        if self.device.type != "cuda" or is_offloaded(self.pipe.vae):
+            yield
+            return
+        self._beside = self._beside or torch.cuda.Stream(self.device)
+        self._beside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._beside):
+            yield
+
+    def join(self) -> None:
+        """Work from here on comes after that of `beside`; the host does not wait."""
+        if self._beside is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._beside)
+
     # --- numbers --------------------------------------------------------------------------------------------
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device and in the dtype of the denoiser."""
-        model = self.pipe.transformer
-        return tensor.to(device=self.pipe._execution_device, dtype=model.dtype)
+        return tensor.to(device=self.device, dtype=self.dtype)
 
     def noised(self, latents: Tensor, config: RefAMConfig, draw: int) -> Tensor:
         """x = (1 - sigma) x0 + sigma noise, (C, ...); a seed gives the same noise on every device.
@@ -247,7 +284,7 @@ class Reader(ABC):
         """
         generator = torch.Generator("cpu").manual_seed(config.seed + draw)
         noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32)
-        return (1 - config.sigma) * latents.float().cpu() + config.sigma * noise
+        return (1 - config.sigma) * latents.float() + config.sigma * noise.to(latents.device)
 
 
 def is_offloaded(model: Any) -> bool:

@@ -5,7 +5,7 @@ Tensors in, tensors out. What runs a model is `diffctrl.processors.refam` and `d
 
 from diffctrl.refam.config import DEPTH, MAGNETS, RefAMConfig
 from diffctrl.refam.result import Grounding
-from diffctrl.refam.scoring import Scored, Weights, score, word_map
+from diffctrl.refam.scoring import Scored, Weights, score, token_maps
 from diffctrl.refam.tokens import Encoded, Piece, Token, TokenTable, encode, token_table
 from diffctrl.refam.words import STOP_WORDS, Word, choose_magnets, directions, noun_phrase, split_words
 
@@ -28,6 +28,6 @@ __all__ = [
     "noun_phrase",
     "score",
     "split_words",
+    "token_maps",
     "token_table",
-    "word_map",
 ]

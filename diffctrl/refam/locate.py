@@ -111,38 +111,52 @@ def otsu(values: Tensor, bins: int = 256) -> float:
 def component(mask: Tensor, row: int, column: int) -> Tensor:
     """The 4-connected part of a (H, W) bool mask that holds a pixel; nothing where the pixel is outside.
 
-    Rows are cut into runs and runs are joined where they touch, so that a picture of millions of pixels takes
-    as long as it has runs.
+    Rows are cut into runs, runs that touch get one label, and what is as large as the picture is done in few
+    passes of arrays.
     """
     cells = mask.cpu().numpy()
-    out = np.zeros_like(cells)
+    height, width = cells.shape
     if not cells[row, column]:
-        return torch.from_numpy(out)
-    edges = np.diff(np.pad(cells.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    runs = [
-        np.stack([np.nonzero(line == 1)[0], np.nonzero(line == -1)[0]], axis=1) for line in edges
-    ]  # per row: (start, stop)
-    start = int(np.nonzero((runs[row][:, 0] <= column) & (runs[row][:, 1] > column))[0][0])
-    waiting, seen = [(row, start)], {(row, start)}
-    while waiting:
-        line, index = waiting.pop()
-        first, last = runs[line][index]
-        out[line, first:last] = True
-        for other in (line - 1, line + 1):
-            if 0 <= other < len(runs):
-                near = runs[other]
-                for touching in np.nonzero((near[:, 0] < last) & (near[:, 1] > first))[0]:
-                    if (other, int(touching)) not in seen:
-                        seen.add((other, int(touching)))
-                        waiting.append((other, int(touching)))
-    return torch.from_numpy(out)
+        return torch.zeros(height, width, dtype=torch.bool)
+    # All rows in one line with a cell of nothing before each, and one at the end.
+    pitch = width + 1
+    line = np.zeros(height * pitch + 1, dtype=bool)
+    line[:-1].reshape(height, pitch)[:, 1:] = cells
+    changes = np.flatnonzero(line[1:] != line[:-1]) + 1
+    starts, stops = changes[::2], changes[1::2]
+    # Runs of the next row that a run touches: from `first` on, `count` of them.
+    first = np.searchsorted(stops, starts + pitch, side="right")
+    count = np.searchsorted(starts, stops + pitch, side="left") - first
+    upper = np.repeat(np.arange(len(starts)), count)
+    lower = np.arange(len(upper)) - np.repeat(count.cumsum() - count - first, count)
+    label = _joined(len(starts), upper, lower)
+    place = np.searchsorted(starts, row * pitch + 1 + column, side="right") - 1
+    mine = label == label[place]
+    marks = np.zeros(len(line), dtype=np.int8)
+    marks[starts[mine]], marks[stops[mine]] = 1, -1
+    inside = marks.cumsum(dtype=np.int8)[:-1].reshape(height, pitch)[:, 1:]
+    return torch.from_numpy(inside.astype(bool))
+
+
+def _joined(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(count,) a label for each of `count` things, the same for those that a chain of pairs joins."""
+    label = np.arange(count)
+    while True:
+        ends = label[one], label[other]
+        low = np.minimum(*ends)
+        for end in ends:
+            np.minimum.at(label, end, low)
+        while not np.array_equal(label, label[label]):  # labels of labels, to the end
+            label = label[label]
+        if np.array_equal(label[one], label[other]):
+            return label
 
 
 def box_of(mask: Tensor) -> Box | None:
     """(left, top, right, bottom) in pixels, right and bottom exclusive; None of an empty mask."""
-    if not bool(mask.any()):
-        return None
     rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
+    if not len(rows):
+        return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 

@@ -29,7 +29,7 @@ class Grounding:
         table: every text token: word, kind, whether its column was summed, how many blocks called it a sink.
         sinks: indices of the sinks in the table.
         flags: what went another way than planned, in words.
-        timings: seconds of the parts.
+        timings: seconds of the host in the parts; what one part starts on a GPU, a later one may wait for.
         size: (height, width) of the picture that was given.
         model_size: (height, width) at which the model saw it.
         config: the settings.

@@ -6,7 +6,7 @@ Axis letters: N blocks, T text tokens, I image tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,10 @@ class Scored:
     flags: dict[str, str]
     per_block: Tensor
 
+    def cpu(self) -> Scored:
+        """The same on the CPU."""
+        return replace(self, heat=self.heat.cpu(), per_block=self.per_block.cpu())
+
 
 def kept_columns(
     table: TokenTable, config: RefAMConfig, encoder: str
@@ -137,8 +141,7 @@ def score(weights: Weights, table: TokenTable, config: RefAMConfig, *, encoder: 
     kept, flags = kept_columns(table, config, encoder)
     blocks, count = weights.i2t.shape[:2]
     device = weights.i2t.device
-    use = torch.zeros(blocks, count, dtype=torch.bool, device=device)
-    use[:, list(kept)] = True
+    use = torch.tensor([i in kept for i in range(count)], device=device).repeat(blocks, 1)
     flagged = torch.zeros_like(use)
     elected = torch.zeros(count, dtype=torch.bool, device=device)
     if config.sinks != "off":
@@ -148,11 +151,11 @@ def score(weights: Weights, table: TokenTable, config: RefAMConfig, *, encoder: 
         flags |= told
     source = _source(weights, flagged, elected, config)
     per_block = _combined(source, use, config)
-    named = [i for i in range(count) if bool(elected[i])]
-    remaining = [i for i in kept if bool(use[:, i].any())]
+    named = elected.nonzero().flatten().tolist()
+    used = use.any(dim=0).tolist()
     return Scored(
         heat=per_block.mean(dim=0),
-        table=table.keeping(remaining, flagged.sum(dim=0).tolist()),
+        table=table.keeping([i for i in kept if used[i]], flagged.sum(dim=0).tolist()),
         sinks=tuple(named),
         flags=flags,
         per_block=per_block,
@@ -163,7 +166,8 @@ def _without_sinks(
     use: Tensor, flagged: Tensor, elected: Tensor, table: TokenTable, kept: tuple[int, ...]
 ) -> tuple[Tensor, dict[str, str]]:
     flags: dict[str, str] = {}
-    on_content = [i for i in kept if bool(elected[i])]
+    named = elected.tolist()
+    on_content = [i for i in kept if named[i]]
     if not on_content:
         return use, flags
     words = {table.tokens[i].place for i in kept}
@@ -204,11 +208,10 @@ def _combined(source: Tensor, use: Tensor, config: RefAMConfig) -> Tensor:
     return torch.exp(torch.where(mask, logs, 0.0).sum(dim=1) / number)
 
 
-def word_map(weights: Weights, columns: Sequence[int], config: RefAMConfig) -> Tensor:
-    """(I,) the map of one word: the mean over its pieces and over blocks."""
+def token_maps(weights: Weights, config: RefAMConfig) -> Tensor:
+    """(T, I) the map of each token, mean over blocks; that of a word is the mean over its pieces."""
     none = torch.zeros(weights.i2t.shape[1], dtype=torch.bool, device=weights.i2t.device)
-    source = _source(weights, none, none, config)
-    return source[:, list(columns)].mean(dim=(0, 1))
+    return _source(weights, none, none, config).mean(dim=0)
 
 
 def unsettled(scored: Scored) -> tuple[int, ...]:

@@ -1,21 +1,26 @@
 """What a grounding costs: a whole call on FLUX.1 in its real size at 1024 px, over one forward of the model.
 
-    python -m diffctrl.scripts.bench.refam --out docs/results/refam_speed.json [--quick]
+    python -m diffctrl.scripts.bench.refam --out docs/results/refam_speed.json [--quick] [--profile]
 
 Weights of transformer, autoencoder and both text encoders are random (bf16, made on the card); words are cut
 by the embedded model's tokenizers, padded to FLUX's 512. A call goes from a PIL picture and an expression to
-heat map, mask, box and point: text encoder, autoencoder, forward with captures, scoring. Magnets are encoded
-once, in the first call. Compared is a forward of the stock transformer; the parts of the call come beside. On
-a CPU, or with --quick, a tiny model without bars: does the script run?
+heat map, mask, box and point: both text encoders, autoencoder, forward with captures up to the last block
+that is read, scoring, mask. Magnets are encoded once, in the first call. Compared is a forward of the stock
+transformer with 512 text tokens, as it is sampled with; both begin and end with an idle card. In further
+rounds the parts of the call are waited for one by one; in a call some of them overlap. The picture is noise,
+whose mask is as ragged as they get. On a CPU, or with --quick, a tiny model without bars: does it run?
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,7 +29,9 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+import diffctrl
 from diffctrl.pipelines import FluxRefAMPipeline
+from diffctrl.pipelines import refam as grounding
 from diffctrl.scripts.bench.capture import REAL, TINY, flux, flux_inputs, run
 from diffctrl.scripts.bench.harness import Figure, card_state, print_figures, summarise, write_report
 from diffctrl.zoo import tokenizers, worlds
@@ -99,13 +106,51 @@ def pipeline(device: str, quick: bool) -> FluxRefAMPipeline:
 
 def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
     """(milliseconds by the host's clock, what was returned): a call ends with its result on the host."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = idle(device)
     found = call()
+    return 1e3 * (idle(device) - start), found
+
+
+def parts(pipe: FluxRefAMPipeline, call: Callable[[], Any], device: str) -> dict[str, float]:
+    """Milliseconds of one call by part, each begun and ended with an idle card; CLIP and T5 are text's."""
+    reader = pipe.reader
+    places: dict[str, tuple[Any, str]] = {
+        "picture to tensor": (grounding, "pixels_of"),
+        "autoencoder": (reader, "encode"),
+        "text": (reader, "learn"),
+        "text: CLIP": (pipe, "_get_clip_prompt_embeds"),
+        "text: T5": (pipe, "_get_t5_prompt_embeds"),
+        "processors put on": (diffctrl, "apply"),
+        "noise": (reader, "noised"),
+        "forward": (reader, "forward"),
+        "score": (grounding, "score"),
+        "maps of tokens": (grounding, "token_maps"),
+        "mask": (grounding, "finish"),
+    }
+    found: dict[str, float] = defaultdict(float)
+
+    def watched(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+        def run_watched(*args: Any, **kwargs: Any) -> Any:
+            began = idle(device)
+            try:
+                return stock(*args, **kwargs)
+            finally:  # a forward ends with an exception, after the last block that is read
+                found[name] += 1e3 * (idle(device) - began)
+
+        return run_watched
+
+    with ExitStack() as stack:
+        for name, (owner, attribute) in places.items():
+            stack.enter_context(patch.object(owner, attribute, watched(name, getattr(owner, attribute))))
+        whole, _ = timed(call, device)
+    return {**found, "the rest": whole - sum(each for name, each in found.items() if ":" not in name)}
+
+
+def idle(device: str) -> float:
+    """The host's clock once the card has nothing to do."""
     if device == "cuda":
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start), found
+    return time.perf_counter()
 
 
 def main() -> None:
@@ -115,6 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="a tiny model, few rounds")
+    parser.add_argument("--profile", action="store_true", help="print what one call spends its time on")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quick = args.quick or device == "cpu"
@@ -123,22 +169,38 @@ def main() -> None:
     pixels = np.random.default_rng(SEED).integers(0, 256, (side, side, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
     model: Any = pipe.transformer
-    times: dict[str, list[float]] = {"forward": [], "call": []}
-    parts: dict[str, list[float]] = {}
-    for turn in range((2 if quick else args.rounds) + 2):
+    times: dict[str, list[float]] = defaultdict(list)
+    rounds = 2 if quick else args.rounds
+
+    def ground() -> Any:
+        return pipe(picture, EXPRESSION)
+
+    for turn in range(rounds + 2):
         forward, _ = timed(lambda: run(model, inputs), device)
-        call, found = timed(lambda: pipe(picture, EXPRESSION), device)
+        call, found = timed(ground, device)
         if turn < 2:  # kernels compile and are tested, and magnets are encoded
             continue
         times["forward"].append(forward)
         times["call"].append(call)
         for name, seconds in found.timings.items():
-            parts.setdefault(name, []).append(1e3 * seconds)
+            times[f"host in {name}"].append(1e3 * seconds)
+    for _ in range(rounds):
+        for name, milliseconds in parts(pipe, ground, device).items():
+            times[f"alone: {name}"].append(milliseconds)
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            ground()
+        for order in ("self_cuda_time_total", "self_cpu_time_total"):
+            print(profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
     forward, call = (summarise(times[name]) for name in ("forward", "call"))
     figures = [
         Figure("stock forward", forward.median, forward.low, forward.high, "ms", note=f"{side} px"),
         Figure("grounding call", call.median, call.low, call.high, "ms"),
-        *(Figure(f"of it {name}", summarise(each).median, unit="ms") for name, each in parts.items()),
+        *(
+            Figure(name, summarise(each).median, unit="ms")
+            for name, each in times.items()
+            if name not in ("forward", "call")
+        ),
         Figure(
             "grounding call over forward", call.median / forward.median, call.low / forward.high,
             call.high / forward.low, "x", None if quick else 1.3, "<=",

@@ -8,7 +8,7 @@ import torch
 from diffctrl.refam import RefAMConfig, Token, TokenTable, Weights, score, split_words
 from diffctrl.refam.metrics import inside_ratio, points_at
 from diffctrl.refam.reference import planted_attention, probabilities, summed_columns
-from diffctrl.refam.scoring import unsettled, vote, word_map
+from diffctrl.refam.scoring import token_maps, unsettled, vote
 from diffctrl.refam.sinks import elected, evenness, flags, importance, median
 
 LOGITS = torch.tensor(
@@ -191,9 +191,9 @@ def test_product_wants_all_words_at_one_place():
     assert int(score(weights, table, both, encoder="t5").heat.argmax()) == 1
 
 
-def test_word_maps_are_means_over_pieces(weights):
-    found = word_map(weights, (1, 2), RefAMConfig())
-    _close(found, [0.606500 / 2, 0.051399 / 2, 0.091517 / 2, 0.561263 / 2])
+def test_token_maps_are_means_over_blocks(weights):
+    found = token_maps(weights, RefAMConfig())
+    _close(found[1:3].mean(dim=0), [0.606500 / 2, 0.051399 / 2, 0.091517 / 2, 0.561263 / 2])
 
 
 def test_word_queries_need_text_queries(weights):
