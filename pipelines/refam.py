@@ -248,7 +248,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
                 height, width = pixels.shape[-2:]
                 fitted = check_size(size, reader) if size else fitted_size(height, width, reader)
                 read = pixels[: clip_length(len(pixels), reader, frames)]
-                with torch.no_grad(), reader.beside():
+                with torch.no_grad():
                     latents = reader.encode(resized(read, fitted).to(reader.device) * 2 - 1)
                 known[id(picture)] = (
                     Seen("", pixels, fitted, reader.frame_step),
@@ -256,11 +256,11 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
                     time.perf_counter() - began,
                 )
         began = time.perf_counter()
-        reader.learn([text for each in expressions for text in reader.texts(each, config)])
-        rows = {each: reader.rows(each, config) for each in dict.fromkeys(expressions)}
-        reader.forget(keep=config.active_magnets)
+        with reader.beside():
+            reader.learn([text for each in expressions for text in reader.texts(each, config)])
+            rows = {each: reader.rows(each, config) for each in dict.fromkeys(expressions)}
+            reader.forget(keep=config.active_magnets)
         text_seconds = (time.perf_counter() - began) / len(pairs)
-        reader.join()
         tasks = []
         for (picture, _), expression in zip(pairs, expressions, strict=True):
             seen, latents, seconds = known[id(picture)]
@@ -272,14 +272,16 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
     def _reading(self, config: RefAMConfig) -> Iterator[RefAMAttnProcessor]:
         """The processor on the denoiser of this noise level, instead of what is installed."""
         _, model = self.reader.denoiser(config.sigma)
-        processor = RefAMAttnProcessor(config, ends_forwards=not is_offloaded(model))
+        moves = is_offloaded(model)
+        processor = RefAMAttnProcessor(config, ends_forwards=not moves)
         installed = self._take_off()
         try:
             with diffctrl.apply(model, processor, batch_layout="cond"):
                 yield processor
         finally:
             self._put_back(installed)
-            self.maybe_free_model_hooks()  # type: ignore[attr-defined] # of a model that is offloaded
+            if moves or getattr(self, "_all_hooks", None):  # else a walk over all modules for nothing
+                self.maybe_free_model_hooks()  # type: ignore[attr-defined]
 
     def _forward(self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor) -> None:
         """Fill in the weights, on the device; the tasks have one shape."""

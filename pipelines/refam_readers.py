@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -73,7 +74,7 @@ class Reader(ABC):
         longest_side: in pixels, or None for no limit.
         frame_step: frames of a latent frame after the first one; 0 where the model knows pictures alone.
         frame_chunk: frames that the autoencoder takes at a time after the first one.
-        device, dtype: of the denoiser's inputs.
+        device: of the denoiser's inputs.
     """
 
     longest_side: int | None = None
@@ -86,20 +87,27 @@ class Reader(ABC):
         self.streams: tuple[Stream, ...] = self._streams()
         self.area, self.multiple = self._size()
         self._known: dict[str, tuple[dict[str, Tensor], Tensor | None]] = {}
-        self._beside: torch.cuda.Stream | None = None
         self.settle()
 
     def settle(self) -> None:
-        """Look up where and in which dtype the denoiser runs.
+        """Look up where the models run, once a call: the pipeline's own answer is a walk over all modules.
 
-        Once a call: both are walks over all modules, and so is the pipeline's own device, which is asked for
-        only where weights wait elsewhere than they run.
+        It is asked for only where weights wait elsewhere than they run.
         """
         pipe = self.pipe
-        weights = next(pipe.transformer.parameters()).device
-        moved = weights.type in ("cpu", "meta") or pipe.hf_device_map
-        self.device: torch.device = pipe._execution_device if moved else weights
-        self.dtype: torch.dtype = pipe.transformer.dtype
+        self.device: torch.device = next(pipe.transformer.parameters()).device
+        self._beside: torch.cuda.Stream | None = None
+        if self.device.type in ("cpu", "meta") or pipe.hf_device_map:
+            self.device = pipe._execution_device
+        elif self.device.type == "cuda":
+            self._beside = _stream(self.device)
+            self._beside.wait_stream(torch.cuda.current_stream(self.device))
+        self.__dict__.pop("dtype", None)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser's inputs; a walk too, and not needed until the autoencoder runs."""
+        return self.pipe.transformer.dtype
 
     @abstractmethod
     def _streams(self) -> tuple[Stream, ...]: ...
@@ -147,6 +155,22 @@ class Reader(ABC):
         return wanted
 
     # --- text -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """On a GPU, what is inside runs beside what it was given since `settle`; what follows waits for both.
+
+        Text encoders are many small kernels, slow to launch, the autoencoder is few large ones.
+        Memory that is made inside is used again only by a later call, which waits for this one.
+        """
+        if self._beside is None:
+            yield
+            return
+        try:
+            with torch.cuda.stream(self._beside):
+                yield
+        finally:
+            torch.cuda.current_stream(self.device).wait_stream(self._beside)
 
     def learn(self, texts: Sequence[str]) -> None:
         """Run the text encoders on what is not known yet.
@@ -249,28 +273,6 @@ class Reader(ABC):
             return " ".join([main, *magnets]), ()
         return main, magnets
 
-    # --- pictures -------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """What a GPU is given here it does beside what comes next, until `join`.
-
-        The autoencoder is little work for the host and much for the card, text encoders are the reverse. The
-        memory of this stream is used again only after it has waited for the other one.
-        """
-        if self.device.type != "cuda" or is_offloaded(self.pipe.vae):
-            yield
-            return
-        self._beside = self._beside or torch.cuda.Stream(self.device)
-        self._beside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._beside):
-            yield
-
-    def join(self) -> None:
-        """Work from here on comes after that of `beside`; the host does not wait."""
-        if self._beside is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._beside)
-
     # --- numbers --------------------------------------------------------------------------------------------
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -289,7 +291,13 @@ class Reader(ABC):
 
 def is_offloaded(model: Any) -> bool:
     """Whether hooks move parts of a model about, which a forward that breaks off would leave half moved."""
-    return any(hasattr(module, "_hf_hook") or has_diffusers_hooks(module) for module in model.modules())
+    return any("_hf_hook" in vars(module) or has_diffusers_hooks(module) for module in model.modules())
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """A card's stream for the text encoders, whose kernels go between those of the autoencoder."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def phrase_rule(config: RefAMConfig) -> NounPhrase:

@@ -65,7 +65,7 @@ class _Attachment:
         batch_layout: BatchLayout | None,
         experts: int,
     ) -> None:
-        if any(hasattr(module, _SITE) for module in model.modules()):
+        if any(_SITE in vars(module) for module in model.modules()):
             raise RuntimeError(
                 f"{name} is already under a control; call `.remove()` on its handle before applying another, "
                 "or pass all processors in one list"

@@ -51,7 +51,7 @@ def has_diffusers_hooks(module: nn.Module) -> bool:
 
     An empty registry stays behind where there were some, and where a run has ended.
     """
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = vars(module).get("_diffusers_hook")  # a module is slow to say that it has no such attribute
     return bool(registry is not None and registry.hooks)
 
 
