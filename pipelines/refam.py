@@ -120,8 +120,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
             return []
         config = self._settings(config, settings)
         segmenter = self._sam(config)
-        tasks = self._tasks(pairs, config, size, frames)
-        with self._reading(config) as processor:
+        with self._reading(pairs, config, size, frames) as (tasks, processor):
             for batch in batches(tasks, batch_size):
                 self._forward(batch, config, processor)
                 if config.sinks == "redirect":
@@ -141,8 +140,7 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
         batch_size: int = 8,
     ) -> list[Weighed]:
         """The attention of many pairs, for `conclude` under several settings that need the same forward."""
-        tasks = self._tasks(pairs, config, size, frames)
-        with self._reading(config) as processor:
+        with self._reading(pairs, config, size, frames) as (tasks, processor):
             for batch in batches(tasks, batch_size):
                 self._forward(batch, config, processor)
                 for task in batch:
@@ -228,60 +226,67 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
             self._segmenter = Segmenter(config.sam, device=device)
         return self._segmenter
 
-    def _tasks(
+    @contextmanager
+    def _reading(
         self,
         pairs: Sequence[tuple[Any, str]],
         config: RefAMConfig,
         size: tuple[int, int] | None,
         frames: int | None,
-    ) -> list[Weighed]:
+    ) -> Iterator[tuple[list[Weighed], RefAMAttnProcessor]]:
+        """The pairs as the model takes them, and the processor that is on the denoiser of this noise level
+        instead of what is installed.
+        """
         reader = self.reader
         reader.settle()
         expressions = [_checked(expression) for _, expression in pairs]
-        known: dict[int, tuple[Seen, Tensor, float]] = {}
-        for picture, _ in pairs:
-            if id(picture) not in known:
-                began = time.perf_counter()
-                pixels = pixels_of(picture)
-                if len(pixels) > 1 and not reader.frame_step:
-                    raise ValueError(f"{type(self).__name__} reads single pictures; got {len(pixels)} frames")
-                height, width = pixels.shape[-2:]
-                fitted = check_size(size, reader) if size else fitted_size(height, width, reader)
-                read = pixels[: clip_length(len(pixels), reader, frames)]
-                with torch.no_grad():
-                    latents = reader.encode(resized(read, fitted).to(reader.device) * 2 - 1)
-                known[id(picture)] = (
-                    Seen("", pixels, fitted, reader.frame_step),
-                    latents,
-                    time.perf_counter() - began,
-                )
-        began = time.perf_counter()
-        with reader.beside():
-            reader.learn([text for each in expressions for text in reader.texts(each, config)])
-            rows = {each: reader.rows(each, config) for each in dict.fromkeys(expressions)}
-            reader.forget(keep=config.active_magnets)
-        text_seconds = (time.perf_counter() - began) / len(pairs)
-        tasks = []
-        for (picture, _), expression in zip(pairs, expressions, strict=True):
-            seen, latents, seconds = known[id(picture)]
-            seen = replace(seen, expression=expression)
-            tasks.append(Weighed(seen, latents, rows[expression], {"encode": seconds, "text": text_seconds}))
-        return tasks
-
-    @contextmanager
-    def _reading(self, config: RefAMConfig) -> Iterator[RefAMAttnProcessor]:
-        """The processor on the denoiser of this noise level, instead of what is installed."""
-        _, model = self.reader.denoiser(config.sigma)
+        # First, as it keeps a card busy while the host does the rest.
+        pictures = self._pictures([picture for picture, _ in pairs], size, frames)
+        _, model = reader.denoiser(config.sigma)
         moves = is_offloaded(model)
         processor = RefAMAttnProcessor(config, ends_forwards=not moves)
         installed = self._take_off()
         try:
             with diffctrl.apply(model, processor, batch_layout="cond"):
-                yield processor
+                began = time.perf_counter()
+                with reader.beside():
+                    reader.learn([text for each in expressions for text in reader.texts(each, config)])
+                    rows = {each: reader.rows(each, config) for each in dict.fromkeys(expressions)}
+                    reader.forget(keep=config.active_magnets)
+                text_seconds = (time.perf_counter() - began) / len(pairs)
+                tasks = []
+                for (picture, _), expression in zip(pairs, expressions, strict=True):
+                    seen, latents, seconds = pictures[id(picture)]
+                    seconds = {"encode": seconds, "text": text_seconds}
+                    seen = replace(seen, expression=expression)
+                    tasks.append(Weighed(seen, latents, rows[expression], seconds))
+                yield tasks, processor
         finally:
             self._put_back(installed)
             if moves or getattr(self, "_all_hooks", None):  # else a walk over all modules for nothing
                 self.maybe_free_model_hooks()  # type: ignore[attr-defined]
+
+    def _pictures(
+        self, pictures: Sequence[Any], size: tuple[int, int] | None, frames: int | None
+    ) -> dict[int, tuple[Seen, Tensor, float]]:
+        """(picture, latents, seconds) of each by its id."""
+        reader = self.reader
+        found: dict[int, tuple[Seen, Tensor, float]] = {}
+        for picture in pictures:
+            if id(picture) in found:
+                continue
+            began = time.perf_counter()
+            pixels = pixels_of(picture)
+            if len(pixels) > 1 and not reader.frame_step:
+                raise ValueError(f"{type(self).__name__} reads single pictures; got {len(pixels)} frames")
+            height, width = pixels.shape[-2:]
+            fitted = check_size(size, reader) if size else fitted_size(height, width, reader)
+            read = pixels[: clip_length(len(pixels), reader, frames)]
+            with torch.no_grad():
+                latents = reader.encode(resized(read, fitted).to(reader.device) * 2 - 1)
+            seen = Seen("", pixels, fitted, reader.frame_step)
+            found[id(picture)] = seen, latents, time.perf_counter() - began
+        return found
 
     def _forward(self, tasks: Sequence[Weighed], config: RefAMConfig, processor: RefAMAttnProcessor) -> None:
         """Fill in the weights, on the device; the tasks have one shape."""

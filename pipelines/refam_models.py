@@ -68,6 +68,8 @@ class FluxReader(Reader):
     """FLUX.1: T5 rows; every text token has the same rotary position, so that rows may be left out or
     added."""
 
+    _grid: tuple[Any, ...] | None = None
+
     def _streams(self) -> tuple[Stream, ...]:
         self._length = min(512, int(self.pipe.tokenizer_2.model_max_length))
         return (Stream("t5", self.pipe.tokenizer_2, self._length),)
@@ -93,13 +95,16 @@ class FluxReader(Reader):
         device, dtype = embeds.device, embeds.dtype
         sigma = torch.full((batch,), config.sigma, device=device)
         guided = transformer.config.guidance_embeds
+        grid = height // 2, width // 2, device, dtype
+        if self._grid != grid:  # kept: they come from the host and are read again, which waits for the card
+            self._grid, self._ids = grid, pipe._prepare_latent_image_ids(batch, *grid)
         transformer(
             hidden_states=pipe._pack_latents(self.place(latents), batch, channels, height, width),
             encoder_hidden_states=embeds,
             pooled_projections=pooled,
             timestep=sigma.to(dtype),
             guidance=torch.full((batch,), config.guidance, device=device) if guided else None,
-            img_ids=pipe._prepare_latent_image_ids(batch, height // 2, width // 2, device, dtype),
+            img_ids=self._ids,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=dtype),
             return_dict=False,
         )

@@ -286,6 +286,8 @@ class Reader(ABC):
         """
         generator = torch.Generator("cpu").manual_seed(config.seed + draw)
         noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32)
+        if latents.is_cuda:  # the host goes on at once
+            noise = noise.pin_memory().to(latents.device, non_blocking=True)
         return (1 - config.sigma) * latents.float() + config.sigma * noise.to(latents.device)
 
 

@@ -132,10 +132,10 @@ def component(mask: Tensor, row: int, column: int) -> Tensor:
     label = _joined(len(starts), upper, lower)
     place = np.searchsorted(starts, row * pitch + 1 + column, side="right") - 1
     mine = label == label[place]
-    marks = np.zeros(len(line), dtype=np.int8)
-    marks[starts[mine]], marks[stops[mine]] = 1, -1
-    inside = marks.cumsum(dtype=np.int8)[:-1].reshape(height, pitch)[:, 1:]
-    return torch.from_numpy(inside.astype(bool))
+    inside = np.zeros(len(changes) + 1, dtype=bool)  # between changes
+    inside[1::2] = mine
+    line = np.repeat(inside, np.diff(changes, prepend=0, append=len(line)))
+    return torch.from_numpy(line[:-1].reshape(height, pitch)[:, 1:].copy())
 
 
 def _joined(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -154,7 +154,8 @@ def _joined(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def box_of(mask: Tensor) -> Box | None:
     """(left, top, right, bottom) in pixels, right and bottom exclusive; None of an empty mask."""
-    rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
+    cells = mask.cpu().numpy()  # many times as fast at this as torch
+    rows, columns = np.flatnonzero(cells.any(axis=1)), np.flatnonzero(cells.any(axis=0))
     if not len(rows):
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
