@@ -15,7 +15,7 @@ from torch import Tensor
 import diffctrl
 from diffctrl.pipelines.base import ControlledPipelineMixin
 from diffctrl.pipelines.refam_finish import Seen, finish
-from diffctrl.pipelines.refam_input import check_size, clip_length, fitted_size, pixels_of, resized
+from diffctrl.pipelines.refam_input import check_size, clip_length, fitted_size, frames_of, resized, unit
 from diffctrl.pipelines.refam_models import FluxReader, MochiReader, SD3Reader, WanReader
 from diffctrl.pipelines.refam_readers import Reader, is_offloaded
 from diffctrl.pipelines.refam_weighed import Weighed, batches
@@ -276,14 +276,18 @@ class RefAMPipelineMixin(ControlledPipelineMixin):
             if id(picture) in found:
                 continue
             began = time.perf_counter()
-            pixels = pixels_of(picture)
+            pixels = frames_of(picture)
             if len(pixels) > 1 and not reader.frame_step:
                 raise ValueError(f"{type(self).__name__} reads single pictures; got {len(pixels)} frames")
             height, width = pixels.shape[-2:]
             fitted = check_size(size, reader) if size else fitted_size(height, width, reader)
             read = pixels[: clip_length(len(pixels), reader, frames)]
+            if tuple(read.shape[-2:]) == fitted:
+                read = read.to(reader.device)  # where eight bits are fewer to carry than floats
             with torch.no_grad():
-                latents = reader.encode(resized(read, fitted).to(reader.device) * 2 - 1)
+                seen_by_model = resized(unit(read), fitted).to(reader.device) * 2 - 1
+                # Channels last, as pictures come, would mix two layouts all through the autoencoder.
+                latents = reader.encode(seen_by_model.contiguous())
             seen = Seen("", pixels, fitted, reader.frame_step)
             found[id(picture)] = seen, latents, time.perf_counter() - began
         return found
@@ -354,7 +358,7 @@ def _drawn_pixels(output: Any) -> Tensor | None:
     )
     if first is None or (isinstance(first, Tensor) and first.shape[-3] != 3):
         return None
-    return pixels_of(first[0])
+    return frames_of(first[0])
 
 
 class StableDiffusion3RefAMPipeline(RefAMPipelineMixin, StableDiffusion3Pipeline):

@@ -23,7 +23,7 @@ class Seen:
 
     Attributes:
         expression: about it.
-        pixels: (F, 3, H, W) in [0, 1].
+        pixels: (F, 3, H, W) as `frames_of` gives them.
         model_size: (height, width) of what the model saw.
         frame_step: see `Reader`.
     """
@@ -41,8 +41,10 @@ class Seen:
         """The frames as PIL images."""
         from PIL import Image
 
-        frames = (self.pixels * 255).round().to(torch.uint8).movedim(1, -1).numpy()
-        return [Image.fromarray(frame) for frame in frames]
+        frames = self.pixels
+        if frames.dtype != torch.uint8:
+            frames = (frames * 255).round().to(torch.uint8)
+        return [Image.fromarray(frame) for frame in frames.movedim(1, -1).numpy()]
 
 
 def finish(

@@ -14,7 +14,17 @@ from diffctrl.pipelines.refam_readers import Reader
 
 
 def pixels_of(picture: Any) -> Tensor:
-    """(F, 3, H, W) float32 in [0, 1] of a picture or a video; a picture has one frame.
+    """(F, 3, H, W) float32 in [0, 1] of a picture or a video, see `frames_of`."""
+    return unit(frames_of(picture))
+
+
+def unit(frames: Tensor) -> Tensor:
+    """What `frames_of` gives as float32 in [0, 1]."""
+    return frames.float() / 255 if frames.dtype == torch.uint8 else frames
+
+
+def frames_of(picture: Any) -> Tensor:
+    """(F, 3, H, W) of a picture or a video, float32 in [0, 1] or uint8 as it came; a picture has one frame.
 
     Args:
         picture: a PIL image; an array (H, W, 3) or (F, H, W, 3), uint8 or float in [0, 1]; a tensor (3, H, W)
@@ -26,10 +36,11 @@ def pixels_of(picture: Any) -> Tensor:
     if isinstance(picture, (list, tuple)):
         if not picture:
             raise ValueError("the video has no frames")
-        frames = [pixels_of(frame) for frame in picture]
+        frames = [frames_of(frame) for frame in picture]
         if any(frame.shape != frames[0].shape or frame.shape[0] != 1 for frame in frames):
             raise ValueError("the frames of a video must be single pictures of one size")
-        return torch.cat(frames)
+        alike = all(frame.dtype == frames[0].dtype for frame in frames)
+        return torch.cat(frames if alike else [unit(frame) for frame in frames])
     if hasattr(picture, "convert"):  # a PIL image
         picture = np.asarray(picture.convert("RGB"))
     if isinstance(picture, np.ndarray):
@@ -39,7 +50,7 @@ def pixels_of(picture: Any) -> Tensor:
             )
         values = torch.from_numpy(np.array(picture)).movedim(-1, -3)
         if picture.dtype == np.uint8:
-            return (values.float() / 255).reshape(-1, *values.shape[-3:])
+            return values.reshape(-1, *values.shape[-3:])
         picture = values.float()
     if not isinstance(picture, Tensor):
         raise TypeError(

@@ -115,7 +115,7 @@ def parts(pipe: FluxRefAMPipeline, call: Callable[[], Any], device: str) -> dict
     """Milliseconds of one call by part, each begun and ended with an idle card; CLIP and T5 are text's."""
     reader = pipe.reader
     places: dict[str, tuple[Any, str]] = {
-        "picture to tensor": (grounding, "pixels_of"),
+        "picture to tensor": (grounding, "frames_of"),
         "autoencoder": (reader, "encode"),
         "text": (reader, "learn"),
         "text: CLIP": (pipe, "_get_clip_prompt_embeds"),

@@ -246,7 +246,7 @@ def test_pictures_of_any_kind_are_the_same_picture():
     exact = torch.from_numpy(array).permute(2, 0, 1) / 255
     for given in (image, array, exact):
         torch.testing.assert_close(pixels_of(given), exact[None].float())
-    assert pixels_of([image, image]).shape == (2, 3, 30, 50)
+    torch.testing.assert_close(pixels_of([image, exact]), torch.stack([exact, exact]).float())
     assert sd3()(image, PHRASE).point == sd3()(exact, PHRASE).point
     for wrong, says in (
         (exact[0], "no picture"),
