@@ -102,7 +102,7 @@ class Reader(ABC):
         elif self.device.type == "cuda":
             self._beside = _stream(self.device)
             self._beside.wait_stream(torch.cuda.current_stream(self.device))
-        self.__dict__.pop("dtype", None)
+        vars(self).pop("dtype", None)
 
     @cached_property
     def dtype(self) -> torch.dtype:
