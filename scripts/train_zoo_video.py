@@ -13,7 +13,7 @@ from typing import Any
 
 from diffctrl.scripts.training_command import Command, run_command
 
-_SMOKE_VAE: dict[str, Any] = {"minutes": 0.2, "batch": 4, "pool": 32}
+_SMOKE_VAE: dict[str, Any] = {"minutes": 0.2, "batch": 2, "frames": 17, "pool": 32}
 _SMOKE_WAN: dict[str, Any] = {
     "minutes": 0.3,
     "batch": 2,

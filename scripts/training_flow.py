@@ -20,7 +20,7 @@ from diffctrl.zoo.models import NOISE_SHIFT
 from .training_checkpoint import checkpoint_facts, load_checkpoint, save_checkpoint
 from .training_loop import Clock, StepRunner, say
 from .training_optimizer import Optimizer, WeightAverage, learning_rate_at
-from .training_pack import component_tensors
+from .training_pack import component_tensors, started_from
 
 _SLICE_MARGIN_SECONDS = 30.0
 _REPORT_STEPS = 200
@@ -149,10 +149,6 @@ class FlowTraining(ABC):
     def news(self, *, wait: bool = False) -> Iterable[str]:
         """Lines of checks that are over since the last call; with `wait`, of all of them."""
         return ()
-
-    @abstractmethod
-    def facts_before(self, path: Path) -> dict[str, Any]:
-        """What the pack records of the pack that the run started from."""
 
     @abstractmethod
     def write_pack(self, path: Path, facts: dict[str, Any]) -> None:
@@ -324,10 +320,7 @@ class FlowTraining(ABC):
             "date": time.strftime("%Y-%m-%d"),
         }
         facts |= {name: getattr(options, name) for name in self.recorded}
-        if options.start_from is not None:
-            kept = ("steps", "minutes", "commit", "started_from")
-            before = self.facts_before(options.start_from)
-            facts["started_from"] = {name: before.get(name) for name in kept}
+        facts |= started_from(options.start_from)
         self.write_pack(options.pack, facts)
         say(f"averaged weights in {options.pack}", since=since)
 

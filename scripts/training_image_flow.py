@@ -105,9 +105,6 @@ class ImageTraining(FlowTraining):
     def news(self, *, wait: bool = False) -> Iterable[str]:
         return self.probe.finished(wait=wait)
 
-    def facts_before(self, path: Path) -> dict[str, Any]:
-        return read_pack(path)[1]
-
     def write_pack(self, path: Path, facts: dict[str, Any]) -> None:
         write_pack(self.averaged, path, facts)
 

@@ -116,6 +116,16 @@ def figures_table(metrics: dict[str, Any] | None) -> str:
     return f"| figure | value [95 %] | bar |\n|---|---|---|\n{rows}\n" if rows else "Not evaluated yet.\n"
 
 
+def started_from(pack: Path | None) -> dict[str, Any]:
+    """What the facts of a run say of the pack that it started from; empty for random weights."""
+    if pack is None:
+        return {}
+    before = read_facts(pack)
+    return {
+        "started_from": {name: before.get(name) for name in ("steps", "minutes", "commit", "started_from")}
+    }
+
+
 def history_line(facts: dict[str, Any]) -> str:
     """The card's line about the runs whose weights this one started from; empty where there are none."""
     runs = []

@@ -36,9 +36,7 @@ class Curriculum:
         """The length of the next chunk: the one that is furthest behind its share of the time."""
         self._unlock(fraction)
         open_lengths = self.lengths[: self.unlocked]
-        # Once all lengths are open, lookups are learnt in less than half of the time; sorting is not.
-        short = 2.0 if self.unlocked < len(self.lengths) else 3.0
-        weights = {length: short if length <= EVERY_TASK else 1.0 for length in open_lengths}
+        weights = {length: 2.0 if length <= EVERY_TASK else 1.0 for length in open_lengths}
         weights[open_lengths[-1]] += 1.0
         return min(open_lengths, key=lambda length: self.seconds.get(length, 0.0) / weights[length])
 
@@ -58,9 +56,9 @@ class Curriculum:
         late = fraction >= _FIRST_FORCED + step * (self.unlocked - 1)
         if learnt or late:
             self.unlocked += 1
-            # From now on shares of the time count; what short lengths had alone is no debt of theirs.
-            ahead = min(self.seconds.values(), default=0.0)
-            self.seconds = dict.fromkeys(self.lengths[: self.unlocked], ahead)
+            # From now on shares of the time count; what short lengths had alone is no debt of theirs. All
+            # begin at zero: from another equal start, those with a large share would first catch up with it.
+            self.seconds = dict.fromkeys(self.lengths[: self.unlocked], 0.0)
 
     def facts(self) -> dict[str, object]:
         """What a checkpoint keeps."""

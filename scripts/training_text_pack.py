@@ -1,13 +1,24 @@
 """One file with the weights of the text model, and the folder that is built from it."""
 
+import json
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
 
 from diffctrl.zoo.tasks import TOKENS, tokenizer
 from diffctrl.zoo.tasks.vocabulary import EOS, MASK, PAD
 from diffctrl.zoo.text import TextSize, text_model
 
-from .training_pack import figures_table, fill_tensors, read_facts, write_folder_files, write_tensors
+from .training_pack import (
+    figures_table,
+    fill_tensors,
+    history_line,
+    read_facts,
+    write_folder_files,
+    write_tensors,
+)
 
 RECOMMENDED = {"gen_length": 64, "steps": 64, "block_length": 64}
 MAX_FILE_BYTES = 10_000_000
@@ -61,6 +72,18 @@ def assemble(pack: Path, folder: Path, *, metrics: dict[str, Any] | None = None)
     )
 
 
+def disassemble(folder: Path, out: Path) -> None:
+    """Turn a folder of `assemble` back into the pack that `train --start-from` takes.
+
+    Args:
+        folder: of the model, with its `metrics.json`.
+        out: gets `pack.safetensors`.
+    """
+    facts = json.loads((folder / "metrics.json").read_text())["training"]
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    write_pack(model, out / "pack.safetensors", facts)
+
+
 def _size_of(model: Any) -> dict[str, Any]:
     config = model.config
     return {
@@ -102,7 +125,8 @@ language: a figure measured on it says nothing of LLaDA or Dream.
   in 64 was never shown.
 - Training: {facts.get("steps")} steps of {facts.get("batch_tokens")} tokens in rows of
   {", ".join(map(str, facts["lengths"]))} tokens, {float(facts.get("minutes", 0.0)):.1f} minutes on
-  {facts.get("device")}, optimizer {facts.get("optimizer")}. Weights are the running average, in float16.
+  {facts.get("device")}, optimizer {facts.get("optimizer")}.
+  Weights are the running average, in float16.{history_line(facts)}
 - Call: the arguments in `diffctrl.json`. Prompts with their answers up to {max(facts["lengths"])} tokens.
 
 {figures_table(metrics)}

@@ -16,6 +16,7 @@ from diffctrl.zoo.text import TextSize, text_model
 from .training_checkpoint import checkpoint_facts, load_checkpoint, save_checkpoint
 from .training_loop import Clock, StepRunner, say, training_device
 from .training_optimizer import Optimizer, WeightAverage, learning_rate_at
+from .training_pack import fill_tensors, started_from
 from .training_text_curriculum import Curriculum
 from .training_text_data import EVERY_TASK, ExerciseBatches, answer_offsets
 from .training_text_forward import TextForward
@@ -37,6 +38,7 @@ class TextOptions:
     Args:
         state: folder of the checkpoint; a second call with it continues.
         pack: file that gets the averaged weights at the end of each slice.
+        start_from: pack whose weights a new run starts from.
         minutes: training time of the whole run, without compilation and probes.
         slice_seconds: this process ends within so many seconds of its start, checkpoint included.
         batch_tokens: tokens per step, at every length.
@@ -58,6 +60,7 @@ class TextOptions:
 
     state: Path
     pack: Path | None = None
+    start_from: Path | None = None
     minutes: float = 6.0
     slice_seconds: float = 570.0
     batch_tokens: int = 32_768
@@ -106,6 +109,8 @@ class TextTraining:
         self.options, self.device = options, device
         torch.manual_seed(options.seed)
         self.model: Any = text_model(SMOKE_SIZE if options.smoke else TextSize())
+        if options.start_from is not None:
+            fill_tensors(dict(self.model.named_parameters()), options.start_from)
         self.model.to(device).train()
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         trained = dict(self.model.named_parameters())
@@ -276,19 +281,23 @@ class TextTraining:
 
     def _facts(self) -> dict[str, Any]:
         options, device = self.options, self.device
-        return self._identity() | {
-            "steps": self.done,
-            "tokens": self.tokens,
-            "minutes": self.elapsed_seconds / 60,
-            "lengths": list(self.curriculum.lengths[: self.curriculum.unlocked]),
-            "learning_rate": options.learning_rate,
-            "weight_decay": options.weight_decay,
-            "seed": options.seed,
-            "commit": options.commit,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
-        }
+        return (
+            self._identity()
+            | started_from(options.start_from)
+            | {
+                "steps": self.done,
+                "tokens": self.tokens,
+                "minutes": self.elapsed_seconds / 60,
+                "lengths": list(self.curriculum.lengths[: self.curriculum.unlocked]),
+                "learning_rate": options.learning_rate,
+                "weight_decay": options.weight_decay,
+                "seed": options.seed,
+                "commit": options.commit,
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                "torch": torch.__version__,
+                "date": time.strftime("%Y-%m-%d"),
+            }
+        )
 
 
 def train_text(options: TextOptions, *, since: float) -> bool:

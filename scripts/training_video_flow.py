@@ -169,9 +169,6 @@ class VideoTraining(FlowTraining):
         lines, self._judged = self._judged, []
         return lines
 
-    def facts_before(self, path: Path) -> dict[str, Any]:
-        return read_video_pack(path)[1]
-
     def write_pack(self, path: Path, facts: dict[str, Any]) -> None:
         write_video_pack(self.averaged, path, facts)
 

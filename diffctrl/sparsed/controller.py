@@ -15,8 +15,8 @@ from diffctrl.sparsed import patterns as storage
 from diffctrl.sparsed.builder import Builder
 from diffctrl.sparsed.config import SparseDConfig
 from diffctrl.sparsed.cost import ModelShape, Prediction, predict
+from diffctrl.sparsed.dense_op import dense_op, remember
 from diffctrl.sparsed.layout import Layout
-from diffctrl.sparsed.observe import observe_op, remember
 from diffctrl.sparsed.patterns import Pattern
 from diffctrl.sparsed.record import Record
 from diffctrl.sparsed.run import Layer, Run
@@ -229,15 +229,24 @@ class SparseDController:
         if run.is_sparse:
             return self._sparse(run, layer, query, key, value, scale)
         if torch.compiler.is_compiling():
-            out = self._dense(run, query, key, value, scale, False)[0]
-            observe_op(query, key, run.token, layer.number, self.engine.number, scale)
-            return out
+            number = self.engine.number
+            return dense_op(query, key, value, run.token, layer.number, number, scale)
+        return self.dense(int(layer.number), query, key, value, scale)
+
+    def dense(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Dense attention of one layer, (B, S, H, D); in a step that does so, it takes the pattern too.
+
+        Args:
+            layer: its index.
+            query, key, value, scale: as in `attend`.
+        """
+        run = self._running()
         if run.phase is not Phase.BUILD or run.given:
             return self._dense(run, query, key, value, scale, False)[0]
         with torch.no_grad():
             builder = Builder.of(self.config, query, key, scale, self.engine)
             out, lse = self._dense(run, query, key, value, scale, builder.wants_lse(scale))
-            self.build(int(layer.number), query, key, scale, lse)
+            self._build(run, layer, query, key, scale, lse)
         return out
 
     def _sparse(
@@ -265,19 +274,10 @@ class SparseDController:
         result: Any = attend(query, key, value, **options)
         return result if needs_lse else (result, None)
 
-    def build(self, layer: int, query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> None:
-        """Take the pattern of a layer in a step that does so; nothing in other steps.
-
-        Args:
-            layer: its index.
-            query, key: as in `attend`.
-            scale: of the attention.
-            lse: float32 (B, H, S) of its dense attention, or None.
-        """
-        run = self._running()
-        if run.phase is not Phase.BUILD or run.given:
-            return
-        with torch.no_grad(), self.record.timed(query.device):
+    def _build(
+        self, run: Run, layer: int, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
+    ) -> None:
+        with self.record.timed(query.device):
             if lse is not None:
                 lse = run.first(lse.transpose(1, 2)).transpose(1, 2)
             pattern = self.pattern(run.first(query), run.first(key), run.layout, scale, lse)

@@ -42,7 +42,7 @@ class Run:
         phase: of that step.
         is_sparse: whether it is sparse; compiled code depends on this and no more.
         given: whether patterns were loaded.
-        token: uint8 (1,); tells compiled code that `observe` has an effect.
+        token: uint8 (1,); tells compiled code that dense attention has an effect.
     """
 
     def __init__(

@@ -171,6 +171,7 @@ def main() -> None:
     model: Any = pipe.transformer
     times: dict[str, list[float]] = defaultdict(list)
     rounds = 2 if quick else args.rounds
+    found: Any = None
 
     def ground() -> Any:
         return pipe(picture, EXPRESSION)

@@ -48,7 +48,7 @@ def test_candidates(form):
 
 @pytest.mark.parametrize("mode", ["strict", "authors"])
 def test_models_take_the_fast_kernels(mode):
-    model, ids = tiny_llama().cuda().bfloat16(), tokens(2, 96).cuda()
+    model, ids = tiny_llama(head_dim=32).cuda().bfloat16(), tokens(2, 96).cuda()
     with diffctrl.apply(model, SparseDAttnProcessor(SparseDConfig(**SETTINGS, mode=mode))) as control:
         outs = generate(control, model, ids, [70, 49], padding=[0, 21])
         stats = control.controller.stats()

@@ -515,3 +515,29 @@ def test_compiled_layers_share_two_graphs():
     for outs in compiled:
         for a, b in zip(outs, eager, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_code_gets_the_log_sum_exp_from_the_dense_attention_itself(monkeypatch):
+    """Taken by a second attention, it costs a whole dense step more."""
+    from diffctrl.sparsed import Builder
+
+    monkeypatch.setattr(Builder, "wants_lse", lambda self, scale: True)
+    model, ids = tiny_llama(), tokens(2, 96)
+    found = {}
+    with on(model, skip=0.4) as control:
+        stock = control.controller.pattern
+
+        def pattern(query, key, layout, scale, lse):
+            found.setdefault(how, []).append(lse)
+            return stock(query, key, layout, scale, None)
+
+        monkeypatch.setattr(control.controller, "pattern", pattern)
+        torch.compiler.reset()
+        for how in ("eager", "compiled"):
+            if how == "compiled":
+                for layer in model.model.layers:
+                    layer.compile(backend="eager", fullgraph=True)
+            generate(control, model, ids, [PROMPT, PROMPT - 21], padding=[0, 21])
+        torch.compiler.reset()
+    assert len(found["eager"]) == len(model.model.layers)
+    torch.testing.assert_close(found["compiled"], found["eager"], atol=1e-5, rtol=1e-5)

@@ -10,7 +10,7 @@ from diffctrl.scripts import train_zoo_text
 from diffctrl.scripts.training_text_curriculum import Curriculum
 from diffctrl.scripts.training_text_data import EVERY_TASK, ExerciseBatches, task_counts
 from diffctrl.scripts.training_text_forward import TextForward
-from diffctrl.scripts.training_text_pack import assemble, read_pack, write_pack
+from diffctrl.scripts.training_text_pack import assemble, disassemble, read_pack, write_pack
 from diffctrl.scripts.training_text_probe import Probe, decoded, exact
 from diffctrl.scripts.training_text_run import (
     LENGTHS,
@@ -248,6 +248,28 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path):
         TextTraining(
             TextOptions(state=tmp_path, smoke=True, batch_tokens=192, optimizer="adamw"), CPU
         ).load_checkpoint(0.0)
+
+
+def test_a_run_starts_from_a_folder_taken_apart(tmp_path):
+    torch.set_num_threads(1)
+    training = TextTraining(TextOptions(state=tmp_path, smoke=True), CPU)
+    write_pack(training.averaged, tmp_path / "first.safetensors", FACTS)
+    assemble(tmp_path / "first.safetensors", tmp_path / "model")
+    disassemble(tmp_path / "model", tmp_path / "parts")
+    options = TextOptions(
+        state=tmp_path / "next", smoke=True, seed=9, start_from=tmp_path / "parts" / "pack.safetensors"
+    )
+    second = TextTraining(options, CPU)
+    for model in (second.model, second.averaged):
+        for (name, mine), value in zip(model.named_parameters(), training.model.parameters(), strict=True):
+            assert torch.equal(mine, value.half().float()), name
+    started = second._facts()["started_from"]
+    assert started == {"steps": 3, "minutes": 0.1, "commit": "abc", "started_from": None}
+    write_pack(second.averaged, tmp_path / "second.safetensors", second._facts())
+    assemble(tmp_path / "second.safetensors", tmp_path / "again")
+    assert (
+        "Before it, newest first: 3 steps in 0.1 minutes." in (tmp_path / "again" / "README.md").read_text()
+    )
 
 
 def test_smoke_run_lowers_the_loss_stops_and_continues(tmp_path, capsys):
