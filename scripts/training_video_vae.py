@@ -28,6 +28,7 @@ class VideoVaeOptions:
 
     Args:
         out: folder that gets `vae.safetensors` and `vae.json`.
+        start_from: `vae.safetensors` of an earlier run, `vae.json` beside it, in place of random weights.
         minutes: training time, without rendering and compiling.
         batch: clips per step.
         frames: of a training excerpt, odd. A frame depends on the 58 before it: trained on 9, the autoencoder
@@ -37,11 +38,13 @@ class VideoVaeOptions:
         seed: of weights, clips and order.
         compile: use torch.compile.
         graph: capture the step.
+        cpu: stay on the CPU, in full size.
         smoke: short CPU run of a small model at 32 px.
     """
 
     out: Path
-    minutes: float = 4.0
+    start_from: Path | None = None
+    minutes: float = 5.0
     batch: int = 5
     frames: int = 65
     pool: int = 12_000
@@ -49,6 +52,7 @@ class VideoVaeOptions:
     seed: int = 0
     compile: bool = True
     graph: bool = True
+    cpu: bool = False
     smoke: bool = False
 
 
@@ -83,7 +87,7 @@ def rendered(
 
 def train_video_vae(options: VideoVaeOptions, *, since: float) -> dict[str, Any]:
     """Train, measure and save the autoencoder; returns what `vae.json` holds."""
-    device = training_device(smoke=options.smoke)
+    device = training_device(smoke=options.smoke or options.cpu)
     size = SMOKE_SIZE if options.smoke else VideoSize()
     options.out.mkdir(parents=True, exist_ok=True)
     scenes = sample_clips(options.pool, seed=options.seed + 1, frames=max(LONG_FRAMES, options.frames))
@@ -98,8 +102,8 @@ def train_video_vae(options: VideoVaeOptions, *, since: float) -> dict[str, Any]
         at += len(part)
     say(f"{len(pool)} excerpts of {options.frames} frames rendered", since=since)
     torch.manual_seed(options.seed)
-    vae: Any = video_vae(size)
-    vae = vae.to(device).train()
+    vae: Any = video_vae(size) if options.start_from is None else load_video_vae(options.start_from)
+    vae = vae.to(device).train().requires_grad_(True)
     objective = vae_objective(lambda x: encode(vae, x), lambda z: decode(vae, z))
     side = size.pixels // 4
     latent_shape = (latent_frames(options.frames), vae.config.z_dim, side, side)
@@ -130,12 +134,17 @@ def _finish(
         "psnr_clips": len(decibels),
         f"psnr_mean_db_of_{LONG_FRAMES}_frames": long_decibels.mean().item(),
         "steps": steps,
+        "frames": options.frames,
         "batch": options.batch,
         "minutes": minutes,
         "seed": options.seed,
         "smoke": options.smoke,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
+    if options.start_from is not None:
+        before = json.loads(options.start_from.with_suffix(".json").read_text())
+        kept = ("steps", "frames", "batch", "minutes", "device", "started_from")
+        facts["started_from"] = {name: before[name] for name in kept if name in before}
     (options.out / "vae.json").write_text(json.dumps(facts, indent=2) + "\n")
     say(
         f"autoencoder: PSNR {facts['psnr_mean_db']:.2f} dB mean, {facts['psnr_5th_percentile_db']:.2f} dB "

@@ -1,9 +1,11 @@
 """The training of the video model: whole-clip passes equal to the stock modules, resumable slices, packs."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffctrl.scripts import evaluate_zoo_video, train_zoo_video
 from diffctrl.scripts.training_video_forward import VideoForward, decode, encode, to_rows
@@ -117,6 +119,15 @@ def test_smoke_run_stops_continues_and_becomes_a_pipeline(tmp_path, capsys):
     torch.set_num_threads(1)
     vae, pack = tmp_path / "vae", tmp_path / "pack.safetensors"
     train_zoo_video.main(["vae", "--smoke", "--out", str(vae), "--minutes", "0.02", "--pool", "16"])
+    first, second = vae / "vae.safetensors", tmp_path / "second"
+    options = ["--minutes", "0.001", "--pool", "2", "--start-from", str(first)]
+    train_zoo_video.main(["vae", "--smoke", "--out", str(second), *options])
+    assert json.loads((second / "vae.json").read_text())["started_from"]["frames"] == 17
+    moved = [  # a moment's training: from other random weights they would be far away
+        (value.float() - load_file(first)[name].float()).abs().max().item()
+        for name, value in load_file(second / "vae.safetensors").items()
+    ]
+    assert 0 < max(moved) < 0.02
     command = ["wan", "--smoke", "--vae", str(vae / "vae.safetensors"), "--state", str(tmp_path / "state")]
     command += [
         "--pack",
