@@ -221,8 +221,11 @@ def styleless_pairs(count: int) -> list[Pair]:
 
 
 def unknown_to(pairs: Sequence[Pair], headsets: Iterable[HeadSet]) -> list[Pair]:
-    """The pairs whose prompts no search has used: short captions come up in both streams."""
-    used = {prompt for headset in headsets for prompt, _ in headset.pairs}
+    """The pairs whose prompts no search or choice has used: short captions come up in both streams."""
+    used = set()
+    for headset in headsets:
+        used |= {prompt for prompt, _ in headset.pairs}
+        used |= {each["prompt"] for each in headset.use.get("pairs", ())}
     return [pair for pair in pairs if pair.prompt not in used]
 
 

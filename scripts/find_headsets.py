@@ -3,8 +3,9 @@
     python -m diffctrl.scripts.find_headsets --out diffctrl/softpag/headsets
 
 Writes OUT/<model>/<name>.json, where `heads="quality"` and `heads="style:soft"` find them, and a table of
-what each search cost. The set that was found is drawn at several scales w on the prompts of its search; the
-best of them is written into it, and is the one at which it is used.
+what each search cost. Each goal is searched at several scales w. Of every set that was found, the heads up to
+each round are drawn at several scales on prompts of their own, on which no head was chosen; the best of all,
+with its scale, is the set. Where none of them does better there than no guidance, the set is empty.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from diffctrl.drawing.hunt_plan import built_in_prompts
 from diffctrl.drawing.source import ModelSource
 from diffctrl.processors.universe import universe_of
 from diffctrl.scripts.bench.harness import print_table
+from diffctrl.softpag import Head
 from diffctrl.softpag.config import DEFAULT_U
 from diffctrl.softpag.headhunt import (
     Evaluator,
@@ -112,61 +114,99 @@ def search(
     )
 
 
-def at_best_scale(
+def best_of(
     pipe: Any,
-    headset: HeadSet,
+    headsets: Sequence[HeadSet],
+    pairs: Sequence[Pair],
     goal: Goal,
     config: HuntConfig,
     call: dict[str, Any],
     scales: Sequence[float] = SCALES,
     scorers: int | Executor = 0,
 ) -> HeadSet:
-    """The set with the scale at which it does best on the pairs of its search; of equal ones the least."""
-    if not len(headset):
-        return headset
-    universe, pairs = universe_of(pipe), [Pair(prompt, seed) for prompt, seed in headset.pairs]
-    jobs = [Job(0, headset.heads, None, pair) for pair in pairs]
+    """The best of sets, cut after each of their rounds, at the best of scales, on these pairs.
+
+    Of equal ones the one with the fewest heads, then the least scale. An empty set where no guidance is as
+    good: what did best on the prompts of a search may have done so by chance.
+    """
+    cut = {each.heads: each for headset in headsets for each in _prefixes(headset)}
+    plain = _means(pipe, [()], pairs, goal, config, call, scorers)[0]
+    tried = [
+        {"heads": str(headset), "w": scale, "mean": mean, "error": error}
+        for scale in scales
+        for headset, (mean, error) in zip(
+            cut.values(),
+            _means(pipe, list(cut), pairs, goal, replace(config, w=scale), call, scorers),
+            strict=True,
+        )
+    ]
+    use = {
+        "tried": tried,
+        "unguided": plain[0],
+        "pairs": [{"prompt": pair.prompt, "seed": pair.seed} for pair in pairs],
+    }
+    scored = [each for each in tried if each["mean"] is not None and each["mean"] > (plain[0] or 0.0)]
+    if not scored:
+        return replace(headsets[0], chosen=(), use=use)
+    best = max(scored, key=lambda each: (each["mean"], -each["heads"].count(","), -each["w"]))
+    (headset,) = [each for each in cut.values() if str(each) == best["heads"]]
+    return replace(headset, use={"u": config.u, "w": best["w"]} | use)
+
+
+def _prefixes(headset: HeadSet) -> list[HeadSet]:
+    return [headset.up_to_round(last) for last in sorted({each.round for each in headset.chosen})]
+
+
+def _means(
+    pipe: Any,
+    sets: Sequence[tuple[Head, ...]],
+    pairs: Sequence[Pair],
+    goal: Goal,
+    config: HuntConfig,
+    call: dict[str, Any],
+    scorers: int | Executor,
+) -> list[tuple[float | None, float | None]]:
+    """Mean and standard error of the goal for each set of heads."""
+    universe = universe_of(pipe)
     call = {key: value for key, value in call.items() if key != "guidance_scale"}
-    tried = []
-    for scale in scales:
-        factory = PipelineFactory(pipe, goal, replace(config, w=scale), call, universe, scorers=scorers)
-        table: dict[Pair, tuple[float, ...]] = {}
-        with InProcess(factory) as engine:
+    factory = PipelineFactory(pipe, goal, config, call, universe, scorers=scorers)
+    found = []
+    with InProcess(factory) as engine:
+        for heads in sets:
+            table: dict[Pair, tuple[float, ...]] = {}
             engine.run(
-                units_of(jobs, config.batch, universe.depth),
+                units_of([Job(0, heads, None, pair) for pair in pairs], config.batch, universe.depth),
                 lambda unit, values, new, table=table: table.update(
                     zip([job.pair for job in unit.jobs], values, strict=True)
                 ),
             )
-        values = as_array({None: [table[pair] for pair in pairs]}, [None])
-        _, score = summarise(goal, values, values[0])
-        tried.append({"w": scale, "mean": score.mean, "error": score.error})
-    scored = [each for each in tried if each["mean"] is not None]
-    if not scored:
-        raise ValueError(f"{headset}: no scale of {', '.join(map(str, scales))} gives pictures with a score")
-    best = max(scored, key=lambda each: (each["mean"], -each["w"]))
-    return replace(headset, use={"u": config.u, "w": best["w"], "tried": tried})
+            values = as_array({None: [table[pair] for pair in pairs]}, [None])
+            _, score = summarise(goal, values, values[0])
+            found.append((score.mean, score.error))
+    return found
 
 
-def pairs_of(name: str, count: int) -> list[Pair]:
-    """Prompts of the search; those of a style name none.
+def pairs_of(name: str, count: int, after: int = 0) -> list[Pair]:
+    """Prompts of a search, none of them among the first `after`; those of a style name none.
 
     For quality they are the longest of several times as many: they name most, so that a picture has most to
     get wrong, and heads differ most.
     """
     if name != QUALITY:
-        texts = built_in_prompts(count, name_style=False)
-        return [Pair(text, _STYLE_SEED + index) for index, text in enumerate(texts)]
-    pool = built_in_prompts(_POOL * count)
+        texts = built_in_prompts(after + count, name_style=False)[after:]
+        return [Pair(text, _STYLE_SEED + after + index) for index, text in enumerate(texts)]
+    first = _POOL * after
+    pool = built_in_prompts(first + _POOL * count)[first:]
     texts = sorted(pool, key=lambda text: -len(text.split()))[:count]  # stable: the order of the pool
-    return [Pair(text, index) for index, text in enumerate(texts)]
+    return [Pair(text, first + index) for index, text in enumerate(texts)]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Found]:
     """Entry point; `arguments` as on the command line."""
     options = _parser().parse_args(arguments)
     if options.quick:
-        options.pairs, options.style_pairs, options.rounds, options.steps = 2, 2, 1, 1
+        options.pairs = options.style_pairs = options.choosing_pairs = 2
+        options.rounds = options.steps = 1
     wanted = options.names.split(",") if options.names else list(NAMES)
     if unknown := [name for name in wanted if name not in NAMES]:
         raise SystemExit(f"--names {unknown[0]} is none of {', '.join(NAMES)}")
@@ -203,30 +243,51 @@ def _search_all(
     options: argparse.Namespace,
     found: dict[str, Found],
 ) -> None:
+    searched_at, scales = _numbers(options.w), _numbers(options.scales)
     for name in wanted:
-        pairs = pairs_of(name, options.pairs if name == QUALITY else options.style_pairs)
+        count = options.pairs if name == QUALITY else options.style_pairs
+        pairs = pairs_of(name, count)
         config = HuntConfig(
             rounds=options.rounds,
             top=options.top,
             u=options.u,
-            w=options.w,
             mode="prefix",
             batch=options.batch,
             stop_early=True,
             prune=not options.full,
         )
         planned = cost(universe_of(pipe), pairs, config, call["num_inference_steps"])
-        print(
-            f"{name}: {len(pairs)} pairs, at most {planned.images:,} pictures in {planned.batches:,} "
-            f"batches, {planned.forwards:,} rows through the denoiser",
-            flush=True,
+        parts = []
+        for w in searched_at:
+            print(
+                f"{name} at w = {w:g}: {len(pairs)} pairs, at most {planned.images:,} pictures in "
+                f"{planned.batches:,} batches, {planned.forwards:,} rows through the denoiser",
+                flush=True,
+            )
+            at = replace(config, w=w)
+            parts.append(search(pipe, name, options.model, call, pairs, at, scorers=scorers))
+        others = pairs_of(name, options.choosing_pairs, after=count)
+        headset = best_of(
+            pipe, [each.headset for each in parts], others, _goal(name), config, call, scales, scorers
         )
-        one = search(pipe, name, options.model, call, pairs, config, scorers=scorers)
-        scales = [float(scale) for scale in options.scales.split(",")]
-        headset = at_best_scale(pipe, one.headset, _goal(name), config, call, scales, scorers)
-        found[name] = replace(one, headset=headset)
+        found[name] = _together(parts, headset)
         _save(found[name], options.out, options.model, name)
-        print(f"  {_told(headset)}, in {one.seconds:.1f} s", flush=True)
+        print(f"  {_told(headset)}, in {found[name].seconds:.1f} s", flush=True)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _together(parts: Sequence[Found], headset: HeadSet) -> Found:
+    """What the searches at all scales took."""
+    return Found(
+        headset=headset,
+        pictures=sum(each.pictures for each in parts),
+        block_rows=sum(each.block_rows for each in parts),
+        naive_block_rows=sum(each.naive_block_rows for each in parts),
+        seconds=sum(each.seconds for each in parts),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -241,9 +302,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--top", type=int, default=1, help="heads chosen in each round")
     parser.add_argument("--u", type=float, default=DEFAULT_U)
-    # Between the scales that are tried at the end: a head should serve at most of them.
-    parser.add_argument("--w", type=float, default=2.0, help="scale of the search")
-    parser.add_argument("--scales", default=",".join(map(str, SCALES)), help="scales tried for the set found")
+    parser.add_argument("--w", default="2,3", help="scales of the searches, comma-separated")
+    parser.add_argument(
+        "--scales", default=",".join(map(str, SCALES)), help="scales tried for what they find"
+    )
+    parser.add_argument("--choosing-pairs", type=int, default=128, help="other prompts, to choose among that")
     parser.add_argument("--steps", type=int, help="denoising steps; default as recommended")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
     parser.add_argument("--full", action="store_true", help="score also those heads that cannot win any more")
@@ -266,8 +329,16 @@ def _told(headset: HeadSet) -> str:
             "no head did better than no guidance: the set is empty, and refused where it is used; another w "
             "or more pairs may find one"
         )
-    tried = ", ".join(f"{each['w']:g}: {each['mean']:.3f}" for each in headset.use["tried"])
-    return f"{headset} at w = {headset.w:g} ({tried})"
+    return f"{headset} at w = {headset.w:g}: {_reached(headset):.3f}, {headset.use['unguided']:.3f} without"
+
+
+def _reached(headset: HeadSet) -> float:
+    """The mean at which the set was chosen."""
+    return next(
+        each["mean"]
+        for each in headset.use["tried"]
+        if (each["heads"], each["w"]) == (str(headset), headset.w)
+    )
 
 
 def _save(found: Found, out: Path, model: str, name: str) -> None:
@@ -278,13 +349,12 @@ def _save(found: Found, out: Path, model: str, name: str) -> None:
 
 def _row(name: str, found: Found) -> list[str]:
     headset = found.headset
-    reached = [each["mean"] for each in headset.use.get("tried", ()) if each["w"] == headset.w]
     return [
         name,
         str(headset) or "none",
         f"{headset.w:g}" if len(headset) else "-",
-        f"{headset.rounds[0]['current']['mean']:.3f}",
-        f"{reached[0]:.3f}" if reached else "-",
+        f"{headset.use['unguided']:.3f}",
+        f"{_reached(headset):.3f}" if len(headset) else "-",
         f"{found.pictures:,}",
         f"{found.seconds:.1f}",
     ]

@@ -85,8 +85,8 @@ class HeadSet:
         pairs: the (prompt, seed) pairs, Q of the paper.
         rounds: per round every candidate's mean and standard error, as plain dictionaries.
         approximations: what made the search cheaper and could have changed its result; empty for none.
-        use: {"u", "w"} at which the set is used where nothing else is said, and the scales that were "tried";
-            empty for those of the search.
+        use: {"u", "w"} at which the set is used where nothing else is said, and what was "tried" to choose
+            them, on which "pairs"; empty for those of the search.
     """
 
     chosen: tuple[Chosen, ...]

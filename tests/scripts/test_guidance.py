@@ -146,26 +146,43 @@ class Near:
         return [-float((image - self._target).abs().mean()) for image in images]
 
 
-def test_a_set_is_used_at_its_best_scale():
+def test_the_best_of_what_was_found_is_chosen_on_other_prompts():
     pipe, config = tiny.sd3_pipeline(), HuntConfig(u=0.5, w=2.0, batch=2)
     call = {**tiny.CALL, "num_inference_steps": 2}
-    found = HeadSet(
-        chosen=(Chosen(Head(0, 1)), Chosen(Head(1, 0))),
+    two = HeadSet(
+        chosen=(Chosen(Head(0, 1), 1), Chosen(Head(1, 0), 2)),
         pairs=(("a red star", 3),),
         perturbation=config.perturbation(),
     )
+    one = replace(two, chosen=(Chosen(Head(1, 1), 1),))
+    others = [Pair("a blue ring", 5)]
     plain = {name: value for name, value in call.items() if name != "guidance_scale"}
     sampler = PipelineSampler(pipe, replace(config, w=1.5), plain)
-    (target,) = sampler.sample([Pair("a red star", 3)], [found.heads])
+    (target,) = sampler.sample(others, [two.up_to_round(1).heads])
     sampler.close()
-    best = find_headsets.at_best_scale(pipe, found, Goal((Near("near", target),)), config, call)
-    assert (best.u, best.w) == (0.5, 1.5)
-    assert [each["w"] for each in best.use["tried"]] == list(find_headsets.SCALES)
+    goal = Goal((Near("near", target),))
+    best = find_headsets.best_of(pipe, [one, two], others, goal, config, call)
+    assert (best.heads, best.u, best.w) == (two.up_to_round(1).heads, 0.5, 1.5)
+    assert len(best.use["tried"]) == 3 * len(find_headsets.SCALES)
     assert best.perturbation["w"] == 2.0  # what the search was run with stays
     assert HeadSet.from_dict(best.to_dict()) == best
-    empty = replace(found, chosen=())
-    assert find_headsets.at_best_scale(pipe, empty, Goal((Near("near", target),)), config, call) is empty
-    assert "no head did better" in find_headsets._told(empty)
+    assert unknown_to([*others, Pair("a red star", 9), Pair("a cross", 9)], [best]) == [Pair("a cross", 9)]
+    assert find_headsets._told(best).startswith(f"{best} at w = 1.5: 0.000, -")
+    sampler = PipelineSampler(pipe, config, plain)
+    (unguided,) = sampler.sample(others, [()])
+    sampler.close()
+    none = find_headsets.best_of(pipe, [one, two], others, Goal((Near("near", unguided),)), config, call)
+    assert not len(none)
+    assert "no head did better" in find_headsets._told(none)
+
+
+def test_prompts_to_choose_on_are_not_those_of_the_search():
+    for name in find_headsets.NAMES[:2]:
+        searched, others = find_headsets.pairs_of(name, 8), find_headsets.pairs_of(name, 8, after=8)
+        assert len(others) == 8
+        assert not {pair.prompt for pair in searched} & {pair.prompt for pair in others}
+        assert not {pair.seed for pair in searched} & {pair.seed for pair in others}
+        assert find_headsets.pairs_of(name, 4) == searched[:4] or name == find_headsets.QUALITY
 
 
 def test_sets_are_evaluated_at_what_they_carry():
