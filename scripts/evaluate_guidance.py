@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from diffctrl.scripts.bench.harness import Figure, print_table, write_report
+from diffctrl.scripts.bench.harness import Figure, print_figures, write_report
 from diffctrl.scripts.evaluation_guidance import (
     Condition,
     Drawn,
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
         print(f"\n{studio.pictures:,} pictures, {studio.forwards:,} rows through the denoiser")
     if options.pictures is not None:
         _write_pictures(options.pictures, drawn, curves)
-    print_table(["figure", "value", "95 % interval", "bar", "holds"], [_row(figure) for figure in figures])
+    print_figures(figures)
     print(f"{time.monotonic() - began:.0f} s on {device}")
     return figures
 
@@ -319,19 +319,6 @@ def _write_pictures(
     figure.tight_layout()
     figure.savefig(folder / "softpag-scale.png", dpi=120)
     pyplot.close(figure)
-
-
-def _row(figure: Figure) -> list[str]:
-    interval = "" if figure.low is None else f"[{figure.low:.2f}, {figure.high:.2f}]"
-    bar = "" if figure.bar is None else f"{figure.compare} {figure.bar:g}"
-    holds = figure.as_dict()["holds"]
-    return [
-        figure.name,
-        f"{figure.value:.2f} {figure.unit}",
-        interval,
-        bar,
-        "" if holds is None else str(holds),
-    ]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
 from diffctrl.length import LengthLoRA, read
 from diffctrl.pipelines.length import find
-from diffctrl.scripts.bench.harness import Figure, print_table, write_report
+from diffctrl.scripts.bench.harness import Figure, print_figures, write_report
 from diffctrl.scripts.evaluation_image import share
 from diffctrl.scripts.evaluation_length import Condition, Drawn, Studio, bootstrapped, paired
 from diffctrl.scripts.evaluation_video import video_suite
@@ -138,7 +138,7 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
             extra = {"call": call, "dtype": options.dtype, "loras": loras}
             write_report(options.out, TOPIC, figures, seeds=list(_SEEDS.values()), **extra)
             print(f"{name}: done after {time.monotonic() - began:.0f} s", flush=True)
-    print_table(["figure", "value", "95 % interval", "bar", "holds", "note"], [_row(f) for f in figures])
+    print_figures(figures)
     return figures
 
 
@@ -217,13 +217,6 @@ def _claims(suite: str, kind: str, drawn: dict[str, Drawn]) -> list[Figure]:
             name = f"{suite}: {drift.replace('_', ' ')}: {RADIAL} minus {BASE}"
             figures.append(Figure(name, value, low, high, note="paired"))
     return figures
-
-
-def _row(figure: Figure) -> list[str]:
-    interval = "" if figure.low is None else f"[{figure.low:.3g}, {figure.high:.3g}]"
-    holds = {None: "", True: "yes", False: "NO"}[figure.as_dict()["holds"]]
-    bar = "" if figure.bar is None else f"{figure.compare} {figure.bar:g}"
-    return [figure.name, f"{figure.value:.3g} {figure.unit}", interval, bar, holds, figure.note]
 
 
 if __name__ == "__main__":

@@ -39,9 +39,8 @@ import torch
 
 from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
-from diffctrl.scripts.bench.harness import Figure, print_table, write_report
-from diffctrl.scripts.evaluate_length import _row as row_of
-from diffctrl.scripts.evaluate_zoo_video import _pipeline as packed
+from diffctrl.scripts.bench.harness import Figure, print_figures, write_report
+from diffctrl.scripts.evaluate_zoo_video import packed_pipeline
 from diffctrl.scripts.evaluation_image import share
 from diffctrl.scripts.evaluation_length import bootstrapped, paired
 from diffctrl.scripts.evaluation_radial import (
@@ -147,14 +146,14 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
             figures += found
             if options.picture is not None and forms is None:
                 _write_picture(options.picture, suite, drawn)
-    print_table(["figure", "value", "95 % interval", "bar", "holds", "note"], [row_of(f) for f in figures])
+    print_figures(figures)
     return figures
 
 
 def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The stock pipeline in float32 on the CPU, and the arguments of its call."""
     if options.pack is not None:
-        return packed(options)
+        return packed_pipeline(options)
     source = ModelSource.find(options.model)
     call = source.recommended()
     if not call:

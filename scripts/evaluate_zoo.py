@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit() or "unknown",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": _versions(),
+        "versions": versions(),
         "seeds": SEEDS_NOTE,
         "call": call,
         "figures": _figures(readings),
@@ -247,7 +247,7 @@ def _command(arguments: list[str]) -> str:
     return " ".join(["python -m diffctrl.scripts.evaluate_zoo", *words])
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("torch", "diffusers", "transformers", "diffctrl"):
         try:

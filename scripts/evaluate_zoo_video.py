@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffctrl.scripts.bench.harness import commit
-from diffctrl.scripts.evaluate_zoo import _versions as versions
+from diffctrl.scripts.evaluate_zoo import versions
 from diffctrl.scripts.evaluation_image import share
 from diffctrl.scripts.evaluation_video import VideoSuite, judged, video_suite
 from diffctrl.scripts.training_loop import training_device
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Entry point; `arguments` as on the command line. Returns what is written to `--out`."""
     options = _parser().parse_args(arguments)
     began = time.monotonic()
-    pipeline, call = _pipeline(options)
+    pipeline, call = packed_pipeline(options)
     call = {**call, "num_frames": options.frames or call["num_frames"]}
     if options.steps is not None:
         call["num_inference_steps"] = options.steps
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def packed_pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The pipeline in float32 on the CPU, and the call's arguments."""
     if options.pack is None:
         from diffctrl.zoo import registry

@@ -263,16 +263,19 @@ def _module_name() -> str:
     return spec.name if spec is not None else Path(sys.argv[0]).stem
 
 
-def print_figures(figures: Sequence[Figure]) -> None:
-    """Every figure with its unit, and whether it holds where it is a claim."""
-    rows = [
-        (f.name, f"{f.value:.4g}", f.unit, "" if f.bar is None else str(f.as_dict()["holds"]))
-        for f in figures
-    ]
-    print_table(("figure", "value", "unit", "holds"), rows)
-
-
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_figures(figures: Sequence[Figure]) -> None:
+    """The figures as a table: value, interval, bar and whether it holds."""
+    rows = []
+    for figure in figures:
+        interval = "" if figure.low is None else f"[{figure.low:.4g}, {figure.high:.4g}]"
+        holds = {None: "", True: "yes", False: "NO"}[figure.as_dict()["holds"]]
+        bar = "" if figure.bar is None else f"{figure.compare} {figure.bar:g}"
+        value = f"{figure.value:.4g} {figure.unit}"
+        rows.append([figure.name, value, interval, bar, holds, figure.note])
+    print_table(["figure", "value", "95 % interval", "bar", "holds", "note"], rows)

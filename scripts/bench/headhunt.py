@@ -22,7 +22,7 @@ import torch
 
 from diffctrl.drawing.hunt import PipelineSampler
 from diffctrl.processors.universe import universe_of
-from diffctrl.scripts.bench.harness import Figure, print_table, write_report
+from diffctrl.scripts.bench.harness import Figure, print_figures, write_report
 from diffctrl.scripts.find_headsets import Found, pairs_of, scoring_workers, search
 from diffctrl.softpag.config import DEFAULT_U, DEFAULT_W
 from diffctrl.softpag.headhunt import HuntConfig, Pair
@@ -65,11 +65,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
             write_report(options.out, "headhunt", figures, seeds=[pairs[0].seed])
     figures += _against_the_loop(pipe, call, config)
     write_report(options.out, "headhunt", figures, seeds=[0])
-    rows = [
-        [f.name, f"{f.value:.4g} {f.unit}", "" if f.bar is None else str(f.as_dict()["holds"]), f.note]
-        for f in figures
-    ]
-    print_table(["figure", "value", "holds", "note"], rows)
+    print_figures(figures)
     return figures
 
 

@@ -30,7 +30,7 @@ from diffctrl.attention import BlockLists, EngineStats, attend
 from diffctrl.processors import RadialAttnProcessor
 from diffctrl.radial import Layout, block_lists
 from diffctrl.scripts.bench.forwards import Bench, BlockTimes, Times, forward, ratio, rotate
-from diffctrl.scripts.bench.harness import Figure, card_state, print_table, time_rotation, write_report
+from diffctrl.scripts.bench.harness import Figure, card_state, print_figures, time_rotation, write_report
 from diffctrl.scripts.bench.video_models import HUNYUAN, HUNYUAN_LONG, WAN, VideoModel
 
 PARTS = ("mask", "hunyuan", "wan", "long", "profile", "compile")
@@ -341,12 +341,7 @@ def main(arguments: list[str] | None = None) -> None:
         states.append(card_state())
         write_report(options.out, "radial", figures, seeds=[0, 1], card=states)
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
-    rows = [
-        [f.name, f"{f.value:.3f} {f.unit}", "" if f.bar is None else f"{f.compare} {f.bar:g}",
-         {None: "", True: "yes", False: "NO"}[f.as_dict()["holds"]], f.note]
-        for f in figures
-    ]  # fmt: skip
-    print_table(["figure", "value", "bar", "holds", "note"], rows)
+    print_figures(figures)
 
 
 if __name__ == "__main__":

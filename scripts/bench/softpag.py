@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import diffctrl
 from diffctrl.processors import SoftPAGAttnProcessor
-from diffctrl.scripts.bench.harness import Clock, Figure, card_state, print_table, summarise, write_report
+from diffctrl.scripts.bench.harness import Clock, Figure, card_state, print_figures, summarise, write_report
 
 BAR = 2.0
 STEPS, WINDOW = 10, 0.3
@@ -301,19 +301,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
         print(f"{case.name}: {time.monotonic() - began:.0f} s", flush=True)
         if device == "cuda":
             torch.cuda.empty_cache()
-    rows = []
-    for figure in figures:
-        interval = "" if figure.low is None else f"[{figure.low:.2f}, {figure.high:.2f}]"
-        rows.append(
-            [
-                figure.name,
-                f"{figure.value:.2f} {figure.unit}",
-                interval,
-                str(figure.as_dict()["holds"]),
-                figure.note,
-            ]
-        )
-    print_table(["figure", "value", "95 % interval", "holds", "note"], rows)
+    print_figures(figures)
     return figures
 
 
