@@ -5,8 +5,8 @@
     runs/wan.safetensors
     python -m diffctrl.scripts.train_zoo_video assemble runs/wan.safetensors diffctrl/zoo/weights/shapes-wan
 
-The repository has the first stage already (`runs/wan-vae`), until the model is in the package: the second takes
-it as it is. `--smoke` runs `vae` and `wan` on a CPU, small and short. Each command prints its options with `--help`.
+The repository has the first stage already, in `runs/wan-vae`, until the model is in the package.
+`--smoke` runs `vae` and `wan` on a CPU, small and short. Each command prints its options with `--help`.
 """
 
 import time
