@@ -145,7 +145,9 @@ def best_of(
         "unguided": plain[0],
         "pairs": [{"prompt": pair.prompt, "seed": pair.seed} for pair in pairs],
     }
-    scored = [each for each in tried if each["mean"] is not None and each["mean"] > (plain[0] or 0.0)]
+    scored = [
+        each for each in tried if each["mean"] is not None and (plain[0] is None or each["mean"] > plain[0])
+    ]
     if not scored:
         return replace(headsets[0], chosen=(), use=use)
     best = max(scored, key=lambda each: (each["mean"], -each["heads"].count(","), -each["w"]))

@@ -80,7 +80,9 @@ def disassemble(folder: Path, out: Path) -> None:
         out: gets `pack.safetensors`.
     """
     facts = json.loads((folder / "metrics.json").read_text())["training"]
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
     write_pack(model, out / "pack.safetensors", facts)
 
 

@@ -229,8 +229,10 @@ class SparseDController:
         if run.is_sparse:
             return self._sparse(run, layer, query, key, value, scale)
         if torch.compiler.is_compiling():
-            number = self.engine.number
-            return dense_op(query, key, value, run.token, layer.number, number, scale)
+            plain = (tensor.detach() for tensor in (query, key, value))
+            out = dense_op(*plain, run.token, layer.number, self.engine.number, scale)
+            # The operator has no gradient. Who asks for one attends twice; samplers do not ask.
+            return self._dense(run, query, key, value, scale, False)[0] if query.requires_grad else out
         return self.dense(int(layer.number), query, key, value, scale)
 
     def dense(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -30,7 +30,7 @@ def dense_op(
 ) -> Tensor:
     """`SparseDController.dense` of the controller of that number; `token` is said to change.
 
-    It has no gradient: a backward pass through it is refused by torch.
+    It has no gradient: a backward pass through it would be refused by torch.
     """
     controller = _BY_NUMBER.get(number)
     if controller is None:

@@ -517,6 +517,21 @@ def test_compiled_layers_share_two_graphs():
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_dense_steps_of_compiled_layers_keep_their_gradient():
+    model, ids = tiny_llama(), tokens(1, 96)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    (expected,) = torch.autograd.grad(model(input_ids=ids).logits.square().sum(), weight)
+    with on(model, skip=0.4) as control:
+        torch.compiler.reset()
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
+        control.begin(torch.tensor([PROMPT]), 96 - PROMPT, 5)
+        control.set_step(0)
+        (found,) = torch.autograd.grad(model(input_ids=ids).logits.square().sum(), weight)
+        torch.compiler.reset()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_compiled_code_gets_the_log_sum_exp_from_the_dense_attention_itself(monkeypatch):
     """Taken by a second attention, it costs a whole dense step more."""
     from diffctrl.sparsed import Builder

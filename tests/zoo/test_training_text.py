@@ -166,6 +166,15 @@ def test_longer_rows_come_when_lookups_are_learnt_or_late():
         chosen.append(length)
     assert early.unlocked == 2
     assert chosen.count(SHORT) == chosen.count(LONG) == 15  # two shares for all tasks, two for the longest
+    for _ in range(40):
+        early.tell(LONG, 0.0, 0.99)
+    chosen = []
+    for _ in range(30):
+        chosen.append(early.choose(0.3))
+        early.tell(chosen[-1], 1.0, 0.99)
+    assert early.unlocked == 3
+    # Two shares, one and two, from here on, whatever the shortest had alone.
+    assert [chosen.count(length) for length in early.lengths] == [12, 6, 12]
     late = Curriculum((SHORT, LONG, 2 * LONG))
     assert [late.choose(fraction) and late.unlocked for fraction in (0.4, 0.5, 0.55, 0.7)] == [1, 2, 2, 3]
     copied = Curriculum((SHORT, LONG, 2 * LONG))
