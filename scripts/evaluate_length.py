@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +32,7 @@ from diffctrl.pipelines.length import find
 from diffctrl.scripts.bench.harness import Figure, print_figures, write_report
 from diffctrl.scripts.evaluation_image import share
 from diffctrl.scripts.evaluation_length import Condition, Drawn, Studio, bootstrapped, paired
-from diffctrl.scripts.evaluation_video import video_suite
+from diffctrl.scripts.evaluation_video import measured, video_suite
 
 TOPIC = "length"
 BASE, MASKED, RADIAL, DENSE = "base, dense", "base, radial", "radial LoRA", "dense LoRA"
@@ -44,15 +43,7 @@ _CLOSE = 2.0  # points that the radial LoRA may be behind the dense one
 
 def main(arguments: list[str] | None = None) -> list[Figure]:
     """Entry point; `arguments` as on the command line. Returns the figures."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            if options.quick:
-                _make_quick(options, Path(folder))
-            return _measure(options)
-    except BadRequestError as error:
-        parser.error(str(error))
+    return measured(_parser(), arguments, _make_quick, _measure)
 
 
 def _parser() -> argparse.ArgumentParser:

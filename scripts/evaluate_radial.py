@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,7 +52,7 @@ from diffctrl.scripts.evaluation_radial import (
     contenders,
     named,
 )
-from diffctrl.scripts.evaluation_video import VideoSuite, video_suite
+from diffctrl.scripts.evaluation_video import VideoSuite, measured, video_suite
 
 TOPIC = "radial_quality"
 BLOCKS = (64, 8)
@@ -66,15 +65,7 @@ _SHOWN = 8  # frames of a clip in the picture
 
 def main(arguments: list[str] | None = None) -> list[Figure]:
     """Entry point; `arguments` as on the command line. Returns the figures."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            if options.quick:
-                _make_quick(options, Path(folder))
-            return _measure(options)
-    except BadRequestError as error:
-        parser.error(str(error))
+    return measured(_parser(), arguments, _make_quick, _measure)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,10 +1,16 @@
-"""What `evaluate_zoo_video.py` asks of a video model: fixed unseen captions, and the judge's readings."""
+"""What evaluations of a video model share: unseen captions, the judge's readings, how one is run."""
 
+import argparse
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from diffctrl.errors import BadRequestError
+from diffctrl.scripts.bench.harness import Figure
 from diffctrl.zoo import clips, judge
 from diffctrl.zoo.clips.vocabulary import BACK_PHRASE, MOTIONS, WALL_PHRASE
 
@@ -69,3 +75,27 @@ def judged_line(videos: Tensor, suite: VideoSuite) -> str:
     """Shares of right facts in one line."""
     rates = judged(videos, suite).items()
     return "  ".join(f"{name} {100 * sum(f) / len(f):.0f}% ({len(f)})" for name, f in sorted(rates))
+
+
+def measured(
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    make_quick: Callable[[argparse.Namespace, Path], None],
+    measure: Callable[[argparse.Namespace], list[Figure]],
+) -> list[Figure]:
+    """Run an evaluation from its command line; a bad request is an error of usage.
+
+    Args:
+        parser: has `--quick`.
+        arguments: as on the command line; None for the program's own.
+        make_quick: changes the options of a quick run; the folder is gone after it.
+        measure: the evaluation.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if options.quick:
+                make_quick(options, Path(folder))
+            return measure(options)
+    except BadRequestError as error:
+        parser.error(str(error))

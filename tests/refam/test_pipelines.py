@@ -1,5 +1,6 @@
 """Grounding with the real pipelines of four families, tiny and random (rows 3-8, 17-21 of section 8)."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -356,6 +357,19 @@ def test_processors_come_back_after_an_error():
             hook.remove()
             pipe.set_attn_processor(None)
         assert all(block.attn.processor is own for block, own in zip(blocks, before, strict=True))
+
+
+def test_a_pipeline_may_change_its_dtype_between_calls():
+    """Where the model runs, and in what, is looked up once a call and not once for all."""
+    pipe = StableDiffusion3RefAMPipeline(**copy.deepcopy(sd3().components))
+    seen = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"].dtype), with_kwargs=True
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe.to(dtype)
+        assert pipe(picture(), PHRASE).heat.isfinite().all()
+    assert seen == [torch.float32, torch.bfloat16]
 
 
 def test_installed_controls_rest_while_grounding():
