@@ -5,7 +5,14 @@
     runs/wan.safetensors
     python -m diffctrl.scripts.train_zoo_video assemble runs/wan.safetensors diffctrl/zoo/weights/shapes-wan
 
-The repository has the first stage already, in `runs/wan-vae`, until the model is in the package.
+A better decoder for a trained model, which is all else what it was, LoRAs included:
+
+    python -m diffctrl.scripts.train_zoo_video disassemble diffctrl/zoo/weights/shapes-wan runs/parts
+    python -m diffctrl.scripts.train_zoo_video vae --decoder --start-from runs/parts/vae.safetensors --out
+    runs/vae
+    python -m diffctrl.scripts.train_zoo_video redecode --pack runs/parts/pack.safetensors --vae
+    runs/vae/vae.safetensors --out runs/wan.safetensors
+
 `--smoke` runs `vae` and `wan` on a CPU, small and short. Each command prints its options with `--help`.
 """
 
@@ -30,13 +37,19 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; `arguments` as on the command line, without the program's name."""
     began = time.monotonic()
     from diffctrl.scripts.training_video_flow import VideoFlowOptions, train_video_flow
-    from diffctrl.scripts.training_video_pack import assemble_video, disassemble_video
+    from diffctrl.scripts.training_video_pack import (
+        RedecodeOptions,
+        assemble_video,
+        disassemble_video,
+        redecode,
+    )
     from diffctrl.scripts.training_video_vae import VideoVaeOptions, train_video_vae
 
     run_command(
         __doc__,
         {
             "vae": Command("first stage: the autoencoder", VideoVaeOptions, train_video_vae, _SMOKE_VAE),
+            "redecode": Command("put such a decoder into a pack", RedecodeOptions, redecode),
             "wan": Command(
                 "second stage: transformer and text encoder, resumable",
                 VideoFlowOptions,

@@ -20,6 +20,7 @@ def vae_objective(
     decode: Callable[[Tensor], Tensor],
     *,
     channels_last: bool = False,
+    deviation: Tensor | None = None,
 ) -> Objective:
     """The loss terms (4,) float32 - L1, MSE, edges, KL - of bytes (B, ..., H, W) with noise like the latents.
 
@@ -27,6 +28,7 @@ def vae_objective(
         encode: pictures or clips in [-1, 1] to mean and log variance of their latents.
         decode: the reverse.
         channels_last: pictures in that memory format.
+        deviation: of the noise, in the latents' shape but for the batch; None takes the posterior's.
     """
 
     def objective(samples: Tensor, noise: Tensor) -> Tensor:
@@ -35,7 +37,8 @@ def vae_objective(
             target = target.contiguous(memory_format=torch.channels_last)
         mean, log_variance = (part.float() for part in encode(target))
         log_variance = log_variance.clamp(-30.0, 20.0)
-        difference = decode(mean + (0.5 * log_variance).exp() * noise).float() - target
+        spread = (0.5 * log_variance).exp() if deviation is None else deviation
+        difference = decode(mean + spread * noise).float() - target
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
         edges = difference.diff(dim=-2).abs().mean() + difference.diff(dim=-1).abs().mean()
         return torch.stack([difference.abs().mean(), difference.square().mean(), edges, kl.mean()])
@@ -61,7 +64,8 @@ def run_vae_training(
     """
     device = pool.device
     on_gpu = device.type == "cuda"
-    optimizer = Optimizer(dict(vae.named_parameters()), kind="adamw")
+    trained = {name: each for name, each in vae.named_parameters() if each.requires_grad}
+    optimizer = Optimizer(trained, kind="adamw")
     weights = torch.tensor([1.0, 1.0, _EDGE_WEIGHT, _KL_WEIGHT], device=device)
     totals = torch.zeros(4, device=device)
     clock = Clock(options.minutes * 60)

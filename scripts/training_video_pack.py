@@ -1,6 +1,7 @@
 """One file with all weights of the video model, and the pipeline folder that is built from it."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from diffctrl.zoo.video import VIDEO_WEIGHT_NAMES, VideoParts, VideoSize, video_parts, video_pipeline
 
+from .training_loop import say
 from .training_pack import (
     components_tensors,
     figures_table,
@@ -19,7 +21,7 @@ from .training_pack import (
     write_json,
     write_tensors,
 )
-from .training_video_vae import SMOKE_SIZE
+from .training_video_vae import SMOKE_SIZE, load_video_vae
 
 RECOMMENDED = {"num_frames": 33, "num_inference_steps": 20, "guidance_scale": 3.0, "max_sequence_length": 32}
 _VAE_FACTS = ("smoke", "latents_mean", "latents_std", "psnr_mean_db", "psnr_5th_percentile_db")
@@ -39,6 +41,45 @@ def read_video_pack(path: Path) -> tuple[VideoParts, dict[str, Any]]:
         module.eval().requires_grad_(False)
     parts.vae.register_to_config(latents_mean=facts["latents_mean"], latents_std=facts["latents_std"])
     return parts, facts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedecodeOptions:
+    """Options of `redecode`; the command line's names.
+
+    Args:
+        pack: of a trained model.
+        vae: `vae.safetensors` that `vae --decoder` made of the pack's autoencoder, `vae.json` beside it.
+        out: the pack that is written.
+    """
+
+    pack: Path
+    vae: Path
+    out: Path
+
+
+def redecode(options: RedecodeOptions, *, since: float) -> None:
+    """Put a decoder that was trained alone into a pack; all else stays.
+
+    Raises:
+        SystemExit: its latents are not those that the transformer was trained on.
+    """
+    parts, facts = read_video_pack(options.pack)
+    vae = load_video_vae(options.vae)
+    for name in ("encoder", "quant_conv"):
+        stock, other = (getattr(each, name).state_dict() for each in (parts.vae, vae))
+        if stock.keys() != other.keys() or any(not torch.equal(stock[key], other[key]) for key in stock):
+            raise SystemExit(
+                f"{options.vae} has another {name} than {options.pack}: the transformer's latents are not its "
+                "own; train it with: vae --decoder --start-from the pack's autoencoder"
+            )
+    stage = json.loads(options.vae.with_suffix(".json").read_text())
+    vae.register_to_config(latents_mean=facts["latents_mean"], latents_std=facts["latents_std"])
+    parts.vae = vae
+    facts |= {name: stage[name] for name in ("psnr_mean_db", "psnr_5th_percentile_db")}
+    facts["decoder"] = {name: stage[name] for name in ("steps", "minutes", "device")}
+    write_video_pack(parts, options.out, facts)
+    say(f"{options.out}: a decoder of {stage['psnr_mean_db']:.2f} dB", since=since)
 
 
 def assemble_video(pack: Path, folder: Path, *, metrics: dict[str, Any] | None = None) -> None:
@@ -83,6 +124,12 @@ def disassemble_video(folder: Path, out: Path) -> None:
 
 
 def _card(facts: dict[str, Any], metrics: dict[str, Any] | None, call: dict[str, Any]) -> str:
+    own = facts.get("decoder")
+    autoencoder = f"{float(facts.get('psnr_mean_db', 0.0)):.1f} dB PSNR on average over unseen clips."
+    if own:
+        autoencoder += (
+            f"\n  Its decoder was trained further alone, {own['minutes']:.1f} minutes on {own['device']}."
+        )
     return f"""---
 license: apache-2.0
 ---
@@ -97,7 +144,7 @@ measured offline, on a CPU. It knows no other clips: a figure measured on it say
 - Training: {facts.get("steps")} steps, {float(facts.get("minutes", 0.0)):.1f} minutes on
   {facts.get("device")}, optimizer {facts.get("optimizer")}, noise shift {facts.get("shift")}.
   Weights are the running average, stored as float16.{history_line(facts)}
-- Autoencoder: {float(facts.get("psnr_mean_db", 0.0)):.1f} dB PSNR on average over unseen clips.
+- Autoencoder: {autoencoder}
 - Call: the arguments in `diffctrl.json`; {call["num_frames"]} frames of {call["height"]} px. Longer clips run
   and are not what it was trained on.
 

@@ -20,6 +20,8 @@ from .training_video_forward import decode, encode
 LONG_FRAMES = 129
 SMOKE_SIZE = VideoSize(pixels=32, vae_width=8, layers=2, heads=2, mlp=96, text_width=32)
 _CLIP_CHUNK = 4096
+_IMPRECISION = 0.1
+"""Of the transformer's latents, in standard deviations: the noise in which a decoder alone is trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,8 @@ class VideoVaeOptions:
     Args:
         out: folder that gets `vae.safetensors` and `vae.json`.
         start_from: `vae.safetensors` of an earlier run, `vae.json` beside it, in place of random weights.
+        decoder: train the decoder alone. The latents stay as they are, and so do the transformer and the
+            LoRAs that were trained on them.
         minutes: training time, without rendering and compiling.
         batch: clips per step.
         frames: of a training excerpt, odd. A frame depends on the 58 before it: trained on 9, the autoencoder
@@ -44,6 +48,7 @@ class VideoVaeOptions:
 
     out: Path
     start_from: Path | None = None
+    decoder: bool = False
     minutes: float = 5.0
     batch: int = 5
     frames: int = 65
@@ -86,7 +91,13 @@ def rendered(
 
 
 def train_video_vae(options: VideoVaeOptions, *, since: float) -> dict[str, Any]:
-    """Train, measure and save the autoencoder; returns what `vae.json` holds."""
+    """Train, measure and save the autoencoder; returns what `vae.json` holds.
+
+    Raises:
+        SystemExit: a decoder is to be trained alone, of no earlier run.
+    """
+    if options.decoder and options.start_from is None:
+        raise SystemExit("--decoder trains that of an earlier run; name its weights: --start-from FILE")
     device = training_device(smoke=options.smoke or options.cpu)
     size = SMOKE_SIZE if options.smoke else VideoSize()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +115,12 @@ def train_video_vae(options: VideoVaeOptions, *, since: float) -> dict[str, Any]
     torch.manual_seed(options.seed)
     vae: Any = video_vae(size) if options.start_from is None else load_video_vae(options.start_from)
     vae = vae.to(device).train().requires_grad_(True)
-    objective = vae_objective(lambda x: encode(vae, x), lambda z: decode(vae, z))
+    deviation = None
+    if options.decoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        deviation = _IMPRECISION * torch.tensor(vae.config.latents_std, device=device)[:, None, None]
+    objective = vae_objective(lambda x: encode(vae, x), lambda z: decode(vae, z), deviation=deviation)
     side = size.pixels // 4
     latent_shape = (latent_frames(options.frames), vae.config.z_dim, side, side)
     steps, minutes = run_vae_training(vae, pool, objective, latent_shape, options, since)
@@ -136,6 +152,7 @@ def _finish(
         "steps": steps,
         "frames": options.frames,
         "batch": options.batch,
+        "decoder": options.decoder,
         "minutes": minutes,
         "seed": options.seed,
         "smoke": options.smoke,
@@ -143,7 +160,7 @@ def _finish(
     }
     if options.start_from is not None:
         before = json.loads(options.start_from.with_suffix(".json").read_text())
-        kept = ("steps", "frames", "batch", "minutes", "device", "started_from")
+        kept = ("steps", "frames", "batch", "decoder", "minutes", "device", "started_from")
         facts["started_from"] = {name: before[name] for name in kept if name in before}
     (options.out / "vae.json").write_text(json.dumps(facts, indent=2) + "\n")
     say(

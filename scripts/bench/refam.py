@@ -1,6 +1,7 @@
 """What a grounding costs: a whole call on FLUX.1 in its real size at 1024 px, over one forward of the model.
 
-    python -m diffctrl.scripts.bench.refam --out docs/results/refam_speed.json [--compile] [--quick] [--profile]
+    python -m diffctrl.scripts.bench.refam --out docs/results/refam_speed.json [--quick] [--profile]
+    python -m diffctrl.scripts.bench.refam --out docs/results/refam_speed_compiled.json --compile
 
 Weights of transformer, autoencoder and both text encoders are random (bf16, made on the card); words are cut
 by the embedded model's tokenizers, padded to FLUX's 512. A call goes from a PIL picture and an expression to
@@ -8,9 +9,9 @@ heat map, mask, box and point: both text encoders, autoencoder, forward with cap
 that is read, scoring, mask. Magnets are encoded once, in the first call. Compared is a forward of the stock
 transformer with 512 text tokens, as it is sampled with; both begin and end with an idle card. In further
 rounds the parts of the call are waited for one by one; in a call some of them overlap. The picture is noise,
-whose mask is as ragged as they get. `--compile` has both text encoders and the autoencoder compiled, as a user
-of many pictures would; the transformer stays as it is, in the call and in the forward that it is compared
-with. On a CPU, or with --quick, a tiny model without bars: does it run?
+whose mask is as ragged as they get. `--compile` has both text encoders and the autoencoder compiled, as a
+user of many pictures would; the transformer stays as it is, in the call and in the forward that it is
+compared with. On a CPU, or with --quick, a tiny model without bars: does it run?
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def pipeline(device: str, quick: bool) -> FluxRefAMPipeline:
 
 
 def compile_beside(pipe: FluxRefAMPipeline) -> None:
-    """Compile all but the transformer, in place; text encoders, many small kernels, are replayed as graphs."""
+    """Compile all but the transformer, in place; the small kernels of text encoders are replayed."""
     pipe.text_encoder.compile(mode="reduce-overhead")
     pipe.text_encoder_2.compile(mode="reduce-overhead")
     pipe.vae.encoder.compile()
@@ -219,7 +220,8 @@ def main() -> None:
         ),
     ]  # fmt: skip
     print_figures(figures)
-    write_report(args.out, "refam_speed_compiled" if args.compile else "refam_speed", figures, seeds=[SEED], card=card_state())
+    topic = "refam_speed_compiled" if args.compile else "refam_speed"
+    write_report(args.out, topic, figures, seeds=[SEED], card=card_state())
     if args.profile:
         with torch.profiler.profile() as profile:
             ground()

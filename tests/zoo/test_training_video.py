@@ -166,6 +166,32 @@ def test_smoke_run_stops_continues_and_becomes_a_pipeline(tmp_path, capsys):
     again, _ = read_video_pack(tmp_path / "again" / "pack.safetensors")
     for (_, first), (_, second) in zip(read.items(), again.items(), strict=True):
         assert all(map(torch.equal, first.parameters(), second.parameters()))
+    _redecoded(tmp_path, again, other=tmp_path / "second")
     write_video_pack(video_parts(SMALL), pack, facts)
     with pytest.raises((ValueError, RuntimeError)):
         read_video_pack(pack)
+
+
+def _redecoded(tmp_path, before, other):
+    """A decoder trained alone comes into the pack, and nothing else does."""
+    parts, out = tmp_path / "again", tmp_path / "redecoded.safetensors"
+    options = ["--minutes", "0.001", "--pool", "2", "--out", str(tmp_path / "decoder")]
+    with pytest.raises(SystemExit, match="--start-from FILE"):
+        train_zoo_video.main(["vae", "--smoke", "--decoder", *options])
+    start = ["--decoder", "--start-from", str(parts / "vae.safetensors")]
+    train_zoo_video.main(["vae", "--smoke", *start, *options])
+    command = ["redecode", "--pack", str(parts / "pack.safetensors"), "--out", str(out), "--vae"]
+    train_zoo_video.main([*command, str(tmp_path / "decoder" / "vae.safetensors")])
+    after, facts = read_video_pack(out)
+    assert facts["decoder"]["device"] == "cpu"
+    moved = {
+        name.split(".")[0]
+        for name, value in after.vae.state_dict().items()
+        if not torch.equal(value, before.vae.state_dict()[name])
+    }
+    assert moved == {"decoder", "post_quant_conv"}
+    for name in ("transformer", "text_encoder"):
+        pairs = zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
+    with pytest.raises(SystemExit, match="another encoder"):
+        train_zoo_video.main([*command, str(other / "vae.safetensors")])
