@@ -70,8 +70,8 @@ def redecode(options: RedecodeOptions, *, since: float) -> None:
         stock, other = (getattr(each, name).state_dict() for each in (parts.vae, vae))
         if stock.keys() != other.keys() or any(not torch.equal(stock[key], other[key]) for key in stock):
             raise SystemExit(
-                f"{options.vae} has another {name} than {options.pack}: the transformer's latents are not its "
-                "own; train it with: vae --decoder --start-from the pack's autoencoder"
+                f"{options.vae} has another {name} than {options.pack}, so other latents than the "
+                "transformer's; train it with: vae --decoder --start-from the pack's autoencoder"
             )
     stage = json.loads(options.vae.with_suffix(".json").read_text())
     vae.register_to_config(latents_mean=facts["latents_mean"], latents_std=facts["latents_std"])
