@@ -12,10 +12,12 @@ from .kernels.base import Operands
 from .kernels.sdpa import active_backend, fused_on_cpu, stock_attention, stock_attention_with_lse
 from .lists import BlockLists, DeviceLists, origin_of
 from .ops import attend_op, run_chain
+from .scores import without_autocast
 from .stats import EngineStats
 from .ulysses import Exchange, Shard
 
 _HALF = (torch.float16, torch.bfloat16)
+_CAST = (torch.float32, *_HALF)  # by autocast
 _SECOND_PASS = ("sdpa", "xformers")  # kernels that give no log-sum-exp of their own
 
 
@@ -44,7 +46,8 @@ def attend(
 
     Args:
         query: (B, Sq, H, D), floating point, any strides.
-        key, value: (B, Sk, Hkv, D), same dtype and device; H is a multiple of Hkv.
+        key, value: (B, Sk, Hkv, D), same dtype and device; H is a multiple of Hkv. Under autocast all are
+            brought to its dtype first, as it does to the stock call.
         mask: block lists. Inside a compiled region pass what `mask.on(device)` returned.
         attn_mask: bool (True is attended) or additive, broadcastable to (B, H, Sq, Sk), or (B, Sk). Dense
             calls only: block lists carry per-row key lengths as `n_valid`.
@@ -73,17 +76,22 @@ def attend(
     >>> out.shape, out.mean().item(), round(lse.mean().exp().item(), 3)
     (torch.Size([1, 5, 2, 8]), 1.0, 5.0)
     """
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _check(query, key, value, mask, attn_mask, precision)
-    if parallel_config is not None and (mask is not None or shard is not None):
-        if return_lse:
-            raise ValueError("return_lse is not available across devices: lse would be one device's part.")
-        settings: dict[str, Any] = {"scale": scale, "backend": backend, "kernel": kernel, "stats": stats}
-        return _across_devices(query, key, value, mask, attn_mask, parallel_config, shard, settings)
-    if mask is None:
-        return _dense(
-            query, key, value, attn_mask, scale, return_lse, backend, parallel_config, kernel, stats
-        )
-    return _sparse(query, key, value, mask, scale, return_lse, backend, kernel, stats)
+    # Kernels choose the dtype of each of their products themselves.
+    with without_autocast(query.device.type):
+        if parallel_config is not None and (mask is not None or shard is not None):
+            if return_lse:
+                raise ValueError(
+                    "return_lse is not available across devices: lse would be one device's part."
+                )
+            settings: dict[str, Any] = {"scale": scale, "backend": backend, "kernel": kernel, "stats": stats}
+            return _across_devices(query, key, value, mask, attn_mask, parallel_config, shard, settings)
+        if mask is None:
+            return _dense(
+                query, key, value, attn_mask, scale, return_lse, backend, parallel_config, kernel, stats
+            )
+        return _sparse(query, key, value, mask, scale, return_lse, backend, kernel, stats)
 
 
 def gives_lse(
@@ -103,6 +111,7 @@ def gives_lse(
     """
     if parallel_config is not None:
         return False
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     compiling = torch.compiler.is_compiling()
     if compiling and isinstance(mask, DeviceLists):
         return True
@@ -114,7 +123,6 @@ def gives_lse(
         return not compiling and fused_on_cpu(query, key, value, attn_mask, backend)
     if compiling:
         return True
-    query, key, value = _autocast(query, key, value)
     operands = Operands(query, key, value, 1.0, host)
     needs_grad = _needs_grad(query, key, value)
     kernels = [
@@ -162,7 +170,6 @@ def _sparse(
     kernel: str | None,
     stats: EngineStats | None,
 ) -> Any:
-    query, key, value = _autocast(query, key, value)
     resolved = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     needs_grad = _needs_grad(query, key, value)
     if torch.compiler.is_compiling():
@@ -199,7 +206,6 @@ def _dense(
     resolved = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     compiling = torch.compiler.is_compiling()
     if kernel is not None or (parallel_config is None and engine_chooses(query, attn_mask, backend)):
-        query, key, value = _autocast(query, key, value)
         needs_grad = _needs_grad(query, key, value)
         if compiling:
             if attn_mask is not None:
@@ -234,13 +240,22 @@ def _needs_grad(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What autocast does to scaled_dot_product_attention, for kernels that it does not know."""
-    device_type = tensors[0].device.type
+def _autocast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What autocast makes of the operands of scaled_dot_product_attention, which the stock processors call.
+
+    They need not be of one dtype before: autocast leaves normed queries and keys in float32 beside values in
+    16 bits.
+    """
+    device_type = query.device.type
     if not torch.is_autocast_enabled(device_type):
-        return tensors
+        return query, key, value, attn_mask
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.dtype in (torch.float32, *_HALF) else t for t in tensors)
+    query, key, value = (t.to(dtype) if t.dtype in _CAST else t for t in (query, key, value))
+    if attn_mask is not None and attn_mask.dtype in _CAST:
+        attn_mask = attn_mask.to(dtype)
+    return query, key, value, attn_mask
 
 
 def _compilable(mask: BlockLists | DeviceLists, device: torch.device) -> DeviceLists:

@@ -6,6 +6,8 @@ Axis letters: B batch, R queries of a tile, T keys of a tile, H query heads, Hkv
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -18,6 +20,13 @@ Hide = Callable[[torch.Tensor, slice, slice], torch.Tensor]
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What scores of these operands are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Inside it, products are in the dtype of their operands."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def scores(
@@ -44,7 +53,8 @@ def scores(
         # rounded to bfloat16 would be off by up to 2 % in small weights.
         product = torch.bmm(left, right, out_dtype=torch.float32)
     else:
-        product = torch.bmm(left.to(wide), right.to(wide))
+        with without_autocast(query.device.type):
+            product = torch.bmm(left.to(wide), right.to(wide))
     product = product.view(batch, heads, rows, length)
     return product.mul_(scale) if below is None else torch.add(-below, product, alpha=scale, out=product)
 

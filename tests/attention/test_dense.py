@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 
-from diffctrl.attention import EngineStats, attend
-from tests.attention.cases import make_inputs, reference
+from diffctrl.attention import EngineStats, attend, gives_lse
+from tests.attention.cases import make_inputs, random_lists, reference
 
 
 def older_processor(q, k, v, attn_mask=None, scale=None):
@@ -107,11 +107,31 @@ def test_forced_dense_kernels(kernel):
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
 
 
-def test_autocast_does_what_it_does_to_the_stock_call():
-    q, k, v = make_inputs(1, 2, 2, (40, 40), 16)
+@pytest.mark.parametrize("form", MASKS)
+def test_autocast_does_what_it_does_to_the_stock_call(form):
+    q, k, v = make_inputs(2, 4, 4, (33, 29), 24, requires_grad=True)
+    torch.manual_seed(0)
+    attn_mask = MASKS[form]()
     with torch.autocast("cpu", torch.bfloat16):
-        out = attend(q, k, v)
-        assert torch.equal(out, dispatch_attention_fn(q, k, v))
-        from tests.attention.cases import random_lists
+        # As models have them: norms of queries and keys give float32, the layer of the values 16 bits.
+        stock = dispatch_attention_fn(q, k, v.bfloat16(), attn_mask=attn_mask)
+        out = attend(q, k, v.bfloat16(), attn_mask=attn_mask)
+        with_lse, lse = attend(q, k, v.bfloat16(), attn_mask=attn_mask, return_lse=True)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, stock)
+    assert torch.equal(with_lse, stock)
+    assert lse.dtype == torch.float32
+    got, expected = (torch.autograd.grad(one.float().sum(), (q, k, v)) for one in (out, stock))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
-        assert attend(q, k, v, mask=random_lists((8, 8), (40, 40))).dtype == torch.bfloat16
+
+@pytest.mark.parametrize("kernel", [None, "gathered", "reference"])
+def test_autocast_changes_the_operands_of_a_kernel_and_nothing_inside(kernel):
+    q, k, v = make_inputs(1, 2, 2, (40, 40), 16)
+    settings = {"mask": random_lists((8, 8), (40, 40)), "kernel": kernel, "return_lse": True}
+    expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gives_lse(q, k, v.bfloat16(), mask=settings["mask"])
+        found = attend(q, k, v.bfloat16(), **settings)
+        assert (q @ q.mT).dtype == torch.bfloat16  # it is on again
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -66,3 +66,10 @@ def test_the_second_pass_equals_the_kernel():
     q, k, v = make_inputs(2, 4, 2, (300, 60), 16)
     _, lse = reference(q, k, v)
     torch.testing.assert_close(logsumexp_of(q, k, 0.25), lse, atol=1e-5, rtol=1e-5)
+
+
+def test_the_second_pass_is_in_full_precision_under_autocast():
+    q, k, _ = make_inputs(2, 4, 2, (30, 60), 16)
+    expected = logsumexp_of(q, k, 0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logsumexp_of(q, k, 0.25), expected)

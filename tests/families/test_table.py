@@ -106,6 +106,13 @@ def test_neutral_is_stock_bit_for_bit(name: str, method: MethodCase, dtype: torc
     check_neutral(name, method, dtype)
 
 
+@pytest.mark.parametrize(("name", "method"), NEUTRAL)
+def test_neutral_is_stock_under_autocast(name: str, method: MethodCase) -> None:
+    """Weights in float32 as in training: norms of queries and keys then leave float32, layers 16 bits."""
+    with torch.autocast("cpu", torch.bfloat16):
+        check_neutral(name, method)
+
+
 @pytest.mark.parametrize(("name", "method"), ACTIVE)
 def test_an_active_method_changes_the_prediction(name: str, method: MethodCase) -> None:
     model, inputs = shared(name), example(name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ torch.set_num_threads(1)
 
 MODELS = ("wan", "wan-i2v", "wan_vace", "hunyuan_video", "hunyuan_video15", "hunyuan_video15-i2v", "mochi",
           "cogvideox", "cogvideox-1.5", "cogvideox-fused", "ltx")  # fmt: skip
+FAMILIES = tuple(name for name in MODELS if CASES[name].family == name)
 # Every step and block is sparse, and so are neighbouring frames: the tiny models have two or three.
 SPARSE: dict[str, Any] = {
     "block": 4, "adjacent": "decay", "sink": False,
@@ -50,6 +52,11 @@ class Watched(RadialAttnProcessor):
     def transform_output(self, site: Site, call: Call, output: Tensor) -> Tensor:
         self.taken[site.name] = site, call, output
         return output
+
+
+def run_sparse(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with diffctrl.apply(model, RadialAttnProcessor(**SPARSE)):
+        return run(model, inputs)
 
 
 def written_out(made: Pattern, layout: Layout) -> Tensor:
@@ -157,6 +164,34 @@ def test_garbage_in_padded_text_changes_nothing(name: str) -> None:
             dirty[prompt] = torch.where(dirty[mask][..., None] > 0, dirty[prompt], 1e4)
     with diffctrl.apply(model, RadialAttnProcessor(**SPARSE)):
         torch.testing.assert_close(run(model, dirty), run(model, clean), rtol=0, atol=1e-5)
+
+
+# --- 16 bits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["cast", "loaded", "autocast"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_16_bits_cost_no_more_than_in_the_stock_model(name: str, form: str, tmp_path: Path) -> None:
+    """All weights cast; as checkpoints load (some classes keep norms in float32); float32 under autocast."""
+    model, inputs = shared(name), example(name)
+    wanted = run(model, inputs), run_sparse(model, inputs)
+    in_16_bits: AbstractContextManager[Any] = nullcontext()
+    if form == "autocast":
+        in_16_bits = torch.autocast("cpu", torch.bfloat16)
+    else:
+        inputs = example(name, shared(name, torch.bfloat16))
+        if form == "cast":
+            model = shared(name, torch.bfloat16)
+        else:
+            model.save_pretrained(tmp_path)
+            model = type(model).from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    with in_16_bits:
+        found = run(model, inputs), run_sparse(model, inputs)
+    stock, radial = (
+        float((one.float() - other).norm() / other.norm()) for one, other in zip(found, wanted, strict=True)
+    )
+    assert 1e-3 < stock < 6e-2
+    assert radial < 1.5 * stock
 
 
 # --- gradients ----------------------------------------------------------------------------------------------
