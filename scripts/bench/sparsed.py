@@ -352,6 +352,7 @@ def main() -> None:
     models = MODELS if device == "cuda" else TINY
     figures: list[Figure] = []
     states = [card_state()]
+    topic = "sparsed_speed_compiled" if args.compile else "sparsed_speed"
     for model in models:
         print(f"{model.name}: {model.layers} layers, {model.heads}/{model.kv_heads} heads", flush=True)
         with torch.no_grad():
@@ -365,7 +366,7 @@ def main() -> None:
                 steps = measure(net, tokens, device, rounds, tokens <= 4096, args.compile)
                 figures += figures_of(model, tokens, steps)
                 states.append(card_state())
-                write_report(args.out, "sparsed_speed", figures, seeds=[SEED], card=states)
+                write_report(args.out, topic, figures, seeds=[SEED], card=states)
                 print_table(["figure", "value"], [[f.name, f"{f.value:.3f} {f.unit}"] for f in figures[-9:]])
             del net
             if device == "cuda":
@@ -373,7 +374,7 @@ def main() -> None:
             alone = model.contexts[-1:] if device == "cpu" else (16384, 65536)
             for tokens in alone[:1] if args.quick else alone:
                 figures += attention_figures(model, tokens, device, 5, args.variants)
-                write_report(args.out, "sparsed_speed", figures, seeds=[SEED], card=states)
+                write_report(args.out, topic, figures, seeds=[SEED], card=states)
     claims = [f for f in figures if f.bar is not None]
     print("card:", " | ".join(states))
     shown = claims or figures

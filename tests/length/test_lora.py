@@ -327,3 +327,48 @@ def test_merged_is_unmerged(file: Path) -> None:
 def test_ready_pipelines_have_the_method() -> None:
     for kind in (WanRadialPipeline, HunyuanVideoRadialPipeline):
         assert issubclass(kind, LengthLoRAMixin)
+
+
+# --- the one in the package ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_embedded_lora_fits_its_model_and_denoises_long_clips_better(caplog: Any) -> None:
+    from diffctrl.zoo import clips, registry
+
+    if not registry.is_here("shapes-wan"):
+        pytest.skip("the weights are not in this checkout")
+    pipe, call = registry.load("shapes-wan"), registry.recommended("shapes-wan")
+    scenes = clips.sample(1, seed=31, split="test", frames=129)
+    (caption,) = clips.to_text(clips.caption_words(scenes, torch.full((1, clips.CAPTION_UNIFORMS), 0.5)))
+    vae, transformer = pipe.vae, pipe.transformer
+    video = clips.render(scenes, call["height"])[0].transpose(1, 2) * 2 - 1
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    clean = (vae.encode(video).latent_dist.mode() - mean) / std
+    assert clean.shape[2] == 65
+    text, _ = pipe.encode_prompt(
+        caption, do_classifier_free_guidance=False, max_sequence_length=call["max_sequence_length"]
+    )
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+
+    def losses() -> torch.Tensor:
+        found = []
+        for sigma in (0.8, 0.95):  # where a clip is laid out
+            mixed = torch.lerp(clean, noise, sigma)
+            out = transformer(mixed, torch.tensor([1000.0 * sigma]), text, return_dict=False)[0]
+            found.append((out - (noise - clean)).square().mean())
+        return torch.stack(found)
+
+    dense = losses()
+    with load_length_lora(pipe, "length-4x", dense_steps=0, dense_last_steps=0) as control:
+        adapted = losses()
+        (stats,) = control.stats().values()
+        pipe.set_adapters(["length"], [0.0])
+        masked = losses()
+    assert stats["sparse_density"] < 0.5
+    assert bool((adapted < 0.97 * dense).all()), (adapted, dense, masked)
+    assert bool((adapted < 0.97 * masked).all()), (adapted, dense, masked)
+    assert not [record for record in caplog.records if "trained on" in record.getMessage()]

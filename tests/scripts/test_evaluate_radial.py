@@ -265,14 +265,15 @@ def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert Image.open(picture).width > Image.open(picture).height
 
 
-def test_without_weights_it_says_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_without_weights_it_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from diffctrl.zoo import registry
 
     with pytest.raises(SystemExit):
         evaluate_radial.main(["--model", str(tmp_path)])
     assert "it has no diffctrl.json" in capsys.readouterr().err
-    if registry.is_here("shapes-wan"):
-        pytest.skip("the weights are here")
+    monkeypatch.setattr(registry, "_WEIGHTS", tmp_path)
     with pytest.raises(SystemExit):
         evaluate_radial.main([])
     assert "scripts/train_zoo_video.py trains" in capsys.readouterr().err

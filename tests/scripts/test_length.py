@@ -78,11 +78,12 @@ def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in json.dumps(found["loras"])
 
 
-def test_without_weights_or_loras_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_weights_or_loras_it_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from diffctrl.zoo import registry
 
-    if registry.is_here("shapes-wan"):
-        pytest.skip("the weights are here")
+    monkeypatch.setattr(registry, "_WEIGHTS", tmp_path)
     with pytest.raises(SystemExit):
         evaluate_length.main([])
     assert "scripts/train_zoo_video.py trains" in capsys.readouterr().err

@@ -85,6 +85,40 @@ print(sum(judge.check(image, judge.parse(caption)).exact for image in images))
     assert int(done.stdout.strip().splitlines()[-1]) >= 2
 
 
+def test_the_video_model_draws_what_is_asked_with_optional_packages_blocked():
+    if not _has_weights("shapes-wan"):
+        pytest.skip("the weights are not in this checkout")
+    code = """
+import socket, sys
+
+sys.modules.update(dict.fromkeys(["sentencepiece", "ftfy", "google"]))
+
+def no_network(*_, **__):
+    raise OSError("no network in this test")
+
+socket.create_connection = no_network
+import torch
+torch.set_num_threads(1)
+from diffctrl.zoo import registry
+from diffctrl.zoo.judge.clips import read_clip
+
+pipeline = registry.load("shapes-wan")
+assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.float32
+pipeline.set_progress_bar_config(disable=True)
+captions = ["a red circle moves right quickly on a white background",
+            "a green square moves up slowly on a navy background"]
+call = registry.recommended("shapes-wan") | {"num_inference_steps": 8}
+clips = pipeline(captions, generator=torch.Generator().manual_seed(0), output_type="pt", **call).frames
+for clip in clips:
+    reading = read_clip(clip)
+    (seen,) = reading.objects
+    print(reading.background, seen.facts.colour, seen.facts.motion, seen.facts.speed, sep=",")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["white,red,moves right,quickly", "navy,green,moves up,slowly"]
+
+
 @trained
 def test_the_same_seed_gives_the_same_picture_in_any_batch():
     import torch
