@@ -1,4 +1,4 @@
-"""Processes of accelerate leave their group before they end."""
+"""Which processes are one of several, and that those of accelerate leave their group before they end."""
 
 import os
 import socket
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+
+from diffctrl import processes
 
 # What is registered first runs last.
 _CODE = """
@@ -32,3 +34,13 @@ def test_the_group_is_gone_before_the_process_ends(leaves):
         [sys.executable, "-c", code], env=os.environ | place, capture_output=True, text=True, check=False
     )
     assert done.stdout.splitlines() == ["before: True", f"at the end: {not leaves}"], done.stderr
+
+
+@pytest.mark.parametrize("said", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+@pytest.mark.parametrize("number", [None, 1, 2])
+def test_several_processes_are_known_by_what_their_launcher_says(monkeypatch, said, number):
+    for name in processes._SIZES:
+        monkeypatch.delenv(name, raising=False)
+    if number is not None:
+        monkeypatch.setenv(said, str(number))
+    assert processes.launched() == (number == 2)

@@ -211,8 +211,8 @@ def _run(search: Any) -> HeadSet:
 
 def _engine(plan: HuntPlan, who: _Who) -> Engine:
     from diffctrl.drawing.hunt_plan import PlanFactory
+    from diffctrl.processes import launched
     from diffctrl.softpag.headhunt import InProcess, Processes, Ranks
-    from diffctrl.softpag.headhunt.engines import launched
 
     workers = who.workers
     if launched():

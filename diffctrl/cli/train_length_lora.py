@@ -118,12 +118,11 @@ def train_length_lora(
 
 
 def _train(plan: TrainPlan) -> None:
-    from accelerate import PartialState
-
+    from diffctrl import processes
     from diffctrl.lengthening.train import train
 
     no_loading_bars()
-    main = PartialState(cpu=plan.device == "cpu").is_main_process
+    main = processes.accelerator(plan.device).is_main_process
     if main:
         modules = len(plan.targets)
         say_error(

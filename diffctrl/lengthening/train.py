@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import diffctrl
+from diffctrl import processes
 from diffctrl.drawing import environment
 from diffctrl.errors import BadRequestError
 from diffctrl.length import LengthLoRA, Loaded, mark, unmark, write
@@ -27,7 +28,6 @@ from diffctrl.lengthening.encoded import EncodedClips
 from diffctrl.lengthening.log import Log
 from diffctrl.lengthening.plan import TrainPlan
 from diffctrl.pipelines.length import adapted, base_of
-from diffctrl.processes import leave_group_at_exit
 from diffctrl.processors import RadialAttnProcessor
 
 ADAPTER = "length"
@@ -54,15 +54,12 @@ def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> P
     Raises:
         BadRequestError: the folder is of another plan, the model does not load, or the loss is not finite.
     """
-    from accelerate import Accelerator
-
     device = torch.device(plan.device)
     if device.index is not None:
-        torch.cuda.set_device(device)  # where accelerate puts a single process
+        torch.cuda.set_device(device)  # where kernels are launched
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # of the adapter; its weights stay in float32
-    accelerator = Accelerator(cpu=plan.device == "cpu", gradient_accumulation_steps=plan.accumulate)
-    leave_group_at_exit()
+    accelerator = processes.accelerator(plan.device)
     on_progress(Progress("loading", 0, 1))
     identity = {**plan.identity(), "processes": accelerator.num_processes}
     checkpoints = Checkpoints(plan.out / "checkpoints", identity, plan.keep)
@@ -108,7 +105,7 @@ class Training:
         plan: of the training.
         clips: encoded.
         model: the pipeline in training; its transformer gets an adapter.
-        accelerator: of accelerate, one process or several.
+        accelerator: of `diffctrl.processes`, one process or several.
         checkpoints: that the training goes on from.
     """
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import diffctrl
+from diffctrl import processes
 from diffctrl.errors import BadRequestError
 from diffctrl.families import Call, Site
 from diffctrl.length import read
@@ -40,6 +41,7 @@ from tests.length.models import latents, save, wan
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[2]
 # Blocks of 16 tokens are one latent frame of 32 x 32 pixels.
 SETTINGS = (("block", "16"),)
 
@@ -61,14 +63,12 @@ def plan_of(out: Path, folder: Path, **changes: Any) -> TrainPlan:
 
 def training(plan: TrainPlan) -> Training:
     """Before the first step, with the clips encoded."""
-    from accelerate import Accelerator
-
     clips = EncodedClips(plan)
     pipe = plan.source.load(torch.float32)
     velocity = plan.kind.velocity_model()(pipe, plan.max_sequence_length)
     clips.encode(velocity, clips.missing(), torch.device("cpu"))
     checkpoints = Checkpoints(plan.out / "checkpoints", plan.identity(), plan.keep)
-    return Training(plan, clips, velocity, Accelerator(cpu=True), checkpoints)
+    return Training(plan, clips, velocity, processes.accelerator("cpu"), checkpoints)
 
 
 # --- gradients ----------------------------------------------------------------------------------------------
@@ -263,6 +263,38 @@ def test_each_epoch_has_all_clips_in_an_order_of_its_own(count: int, seed: int) 
     assert [run._clip(place) for place in places] == [order[place] for place in places]
     if count > 8:
         assert order[:count] != order[count : 2 * count]
+
+
+# --- trainings in one process -------------------------------------------------------------------------------
+
+_SEVERAL = """
+from pathlib import Path
+from accelerate import Accelerator
+from diffctrl.lengthening.train import train
+from tests.length.test_training import plan_of
+
+out, model = Path({out!r}), Path({model!r})
+train(plan_of(out / "first", model, steps=1))
+own = Accelerator(mixed_precision="bf16")  # of the caller, on the device that the environment names
+train(plan_of(out / "second", model, steps=1, dtype="bfloat16"))
+print(own.device, own.mixed_precision)
+"""
+
+
+def test_trainings_of_one_process_do_not_meet_each_other_nor_the_callers_accelerator(
+    model: Path, tmp_path: Path
+) -> None:
+    """accelerate refuses another device or precision than its first; "meta" stands where a GPU would."""
+    code = _SEVERAL.format(out=str(tmp_path), model=str(model))
+    place = {"ACCELERATE_TORCH_DEVICE": "meta", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | place, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["meta", "bf16"]
+    found = [read(tmp_path / name / "length-lora.safetensors") for name in ("first", "second")]
+    assert [lora.training["dtype"] for lora in found] == ["float32", "bfloat16"]
 
 
 # --- killed trainings ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from diffctrl.processes import leave_group_at_exit
+from diffctrl.processes import launched, leave_group_at_exit
 from diffctrl.softpag.headhunt.jobs import Pair, Unit
 from diffctrl.softpag.headhunt.scoring import Scorer, Values
 from diffctrl.softpag.heads import Head
@@ -194,8 +194,8 @@ class Ranks(InProcess):
         leave_group_at_exit()
         if launched() and self._state.num_processes == 1:
             raise RuntimeError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate started no process group, so that "
-                "every rank would do all of the work; start with `accelerate launch`"
+                "this is one of several ranks, but accelerate started no process group, so that every rank "
+                "would do all of the work; start with `accelerate launch`"
             )
         self.main = self._state.is_main_process
         self.writer = str(self._state.process_index)
@@ -216,8 +216,3 @@ class Ranks(InProcess):
             on_unit(unit, values, True)
         for index, values in gather_object(mine):
             on_unit(units[index], values, False)
-
-
-def launched() -> bool:
-    """Whether this process is one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
