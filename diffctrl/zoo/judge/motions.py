@@ -19,7 +19,9 @@ GROWN = 1.25
 TURNS = math.radians(1.3)  # per frame
 FASTER = {"moves": 0.0138, "bounces": 1 / 11.7, "orbits": math.radians(12), "rotates": math.radians(4.4)}
 GROWS_FASTER = 0.0038
+SHORTEST = 17  # frames of a clip; in fewer the world's motions do not tell themselves apart
 FEWEST = 6  # frames that show the object; with fewer there is no motion to read
+BRIEFEST = 8  # frames that a move or a growth takes at least
 _WAYS = (-1 + 0j, 1 + 0j, 0 - 1j, 0 + 1j)  # of the first four MOTIONS, y down
 
 
@@ -47,7 +49,7 @@ def _library(frames: int) -> _Library:
     part = t / (frames - 1)
     entries: list[tuple[Array, str, float, bool]] = []
     for motion, way in zip(MOTIONS[:4], _WAYS, strict=True):
-        for duration in np.unique(np.geomspace(8, frames - 1, 24).round()):
+        for duration in np.unique(np.geomspace(BRIEFEST, frames - 1, 24).round()):
             entries.append((way * (t / duration).clip(max=1), motion, 1 / duration, False))
         entries.append((way * (1 - np.abs(2 * part - 1)), motion_phrase("back", motion), 0.0, False))
         for then, other in zip(MOTIONS[:4], _WAYS, strict=True):
@@ -64,10 +66,10 @@ def _library(frames: int) -> _Library:
 
 
 def read_motion(track: Track, wall: tuple[float, float] | None) -> Motion:
-    """The motion of a track, in front of a wall or without one."""
+    """The motion of a track, in front of a wall or without one; no phrase where too little is seen of it."""
     # Behind a wall what is half hidden counts too: few frames show the whole.
     seen = track.whole if wall is None else track.colour >= 0
-    if seen.sum() < FEWEST or not track.whole.any():
+    if len(seen) < SHORTEST or seen.sum() < FEWEST or not track.whole.any():
         return Motion(phrase=None)
     place = track.place[seen]
     centred = place - place.mean()
@@ -94,7 +96,7 @@ def read_motion(track: Track, wall: tuple[float, float] | None) -> Motion:
 
 
 def _in_place(track: Track) -> Motion:
-    """Growing, shrinking, rotating, or nothing."""
+    """Growing, shrinking, rotating, or nothing, of a track that is whole in some frame."""
     shape = track.shape()
     assert shape is not None
     column = SHAPES.index(shape)
@@ -102,6 +104,8 @@ def _in_place(track: Track) -> Motion:
     radius = track.radius[t, column]
     ratio = float(np.median(radius[-3:]) / np.median(radius[:3]))
     if ratio > GROWN or ratio < 1 / GROWN:
+        if t[-1] < BRIEFEST:
+            return Motion(phrase=None)  # gone before any growth of the world ends
         rate = _growth_rate(t, radius)
         return Motion(phrase="grows" if ratio > 1 else "shrinks", speed=SPEEDS[int(rate > GROWS_FASTER)])
     period = math.radians(TURN_PERIODS[shape])
@@ -121,7 +125,7 @@ def _in_place(track: Track) -> Motion:
 
 def _growth_rate(t: Array, radius: Array) -> float:
     """Change of the radius per frame while it changes."""
-    durations = np.arange(8.0, t[-1] + 1)
+    durations = np.arange(float(BRIEFEST), t[-1] + 1)
     ways = (t / durations[:, None]).clip(max=1)
     ways = ways - ways.mean(1, keepdims=True)
     centred = radius - radius.mean()

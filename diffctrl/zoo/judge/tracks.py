@@ -66,8 +66,8 @@ class Scene:
 
 def canonical(video: Tensor) -> Array:
     """(T, 3, H, H) -> (T, 64, 64, 3) float32 on the CPU."""
-    if video.ndim != 4 or video.shape[1] != 3 or video.shape[2] != video.shape[3]:
-        raise ValueError(f"video must be (T, 3, H, H), got {tuple(video.shape)}")
+    if video.ndim != 4 or video.shape[1] != 3 or video.shape[2] != video.shape[3] or not video.numel():
+        raise ValueError(f"video must be (T, 3, H, H) and not empty, got {tuple(video.shape)}")
     video = video.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(video).all()):
         raise ValueError("video has values that are not finite")
