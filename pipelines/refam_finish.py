@@ -88,8 +88,9 @@ def finish(
     frame = middle_frame_of(anchor, seen.frame_step)
     frame = min(frame, len(seen.pixels) - 1)
     if segmenter is None or config.mask != "sam":
-        mask = mask_of(heat, point, size, _rule(config))
-        track = _map_track(maps, seen, config) if len(seen.pixels) > 1 else None
+        mask = mask_of(heat, point, size, mask_rule(config))
+        video = len(seen.pixels) > 1
+        track = map_track(maps, size, config, seen.frame_step)[: len(seen.pixels)] if video else None
     elif len(seen.pixels) > 1:
         track = segmenter.track(seen.pictures(), point, frame)
         mask = track[frame]
@@ -124,14 +125,20 @@ def finish(
     )
 
 
-def _rule(config: RefAMConfig) -> Any:
+def mask_rule(config: RefAMConfig) -> Any:
+    """The rule of masks that are made without SAM."""
     return "region" if config.mask == "sam" else config.mask
 
 
-def _map_track(maps: Tensor, seen: Seen, config: RefAMConfig) -> Tensor:
-    """(F, H, W) masks of each latent frame's own map, for the frames that were read."""
-    size = seen.size
+def map_track(maps: Tensor, size: tuple[int, int], config: RefAMConfig, frame_step: int) -> Tensor:
+    """(F, H, W) masks of the frames that were read, of each latent frame's own map.
+
+    Args:
+        maps: (latent frames, rows, columns).
+        size: (H, W).
+        config: settings.
+        frame_step: frames of a latent frame after the first one.
+    """
     grid = (maps.shape[1], maps.shape[2])
-    masks = [mask_of(heat, centre(*peak(heat), grid, size), size, _rule(config)) for heat in maps]
-    repeated = [masks[0], *(mask for mask in masks[1:] for _ in range(seen.frame_step))]
-    return torch.stack(repeated[: len(seen.pixels)])
+    masks = [mask_of(heat, centre(*peak(heat), grid, size), size, mask_rule(config)) for heat in maps]
+    return torch.stack([masks[0], *(mask for mask in masks[1:] for _ in range(frame_step))])

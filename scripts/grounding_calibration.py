@@ -6,6 +6,7 @@ counts, the second varies less on a few hundred expressions. Both are taken on t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffctrl.pipelines.refam_input import middle_frame_of
 from diffctrl.refam import RefAMConfig, score
 from diffctrl.refam.locate import peak, spatial_bias
 from diffctrl.refam.metrics import average_precision
@@ -74,10 +76,11 @@ class Calibration:
         pipe: a ready pipeline.
         samples: the validation set; never the test set.
         batch: expressions in a forward.
+        frames: of clips, how many are read; each latent frame counts that shows the target.
     """
 
-    def __init__(self, pipe: Any, samples: Sequence[Sample], batch: int) -> None:
-        self.pipe, self.samples, self.batch = pipe, samples, batch
+    def __init__(self, pipe: Any, samples: Sequence[Sample], batch: int, frames: int | None = None) -> None:
+        self.pipe, self.samples, self.batch, self.frames = pipe, samples, batch, frames
         self.tried: list[Tried] = []
         self.plain: list[Tried] = []
         self.blocks = 0
@@ -160,15 +163,15 @@ class Calibration:
         for start in range(0, len(self.samples), self.batch):
             part = self.samples[start : start + self.batch]
             pairs = [(sample.picture(), sample.expression) for sample in part]
-            weighed = self.pipe.weigh(pairs, covering, batch_size=self.batch)
+            weighed = self.pipe.weigh(pairs, covering, batch_size=self.batch, frames=self.frames)
             for sample, each in zip(part, weighed, strict=True):
                 maps = torch.cat([self._maps(each, config, ranges, plain) for config in configs])
-                truth = self._truth(sample, (maps.shape[1], maps.shape[2]))
-                for place, heat in enumerate(maps):
-                    row, column = peak(heat)
-                    hits[place] += bool(truth[row, column])
-                    if bool(truth.any()):
-                        precisions[place] += average_precision(heat, truth)
+                truths = self._truths(sample, maps.shape[1:], each.seen.frame_step)
+                shown = [frame for frame, truth in enumerate(truths) if bool(truth.any())]
+                for (place, frames), frame in itertools.product(enumerate(maps), shown):
+                    row, column = peak(frames[frame])
+                    hits[place] += float(truths[frame][row, column]) / len(shown)
+                    precisions[place] += average_precision(frames[frame], truths[frame]) / len(shown)
         total = len(self.samples)
         return [
             Tried(config, 100 * float(hit) / total, 100 * float(precision) / total, plain)
@@ -176,7 +179,8 @@ class Calibration:
         ]
 
     def _maps(self, weighed: Any, config: RefAMConfig, ranges: Sequence[str] | None, plain: bool) -> Tensor:
-        """(R, h, w): the map of each range of blocks, or the one of the config's own blocks.
+        """(R, F, h, w): the maps of each range of blocks, or those of the config's own blocks, a latent frame
+        each.
 
         Without sinks a map is the mean of its blocks' maps, so that all ranges are made of one pass.
         """
@@ -191,17 +195,21 @@ class Calibration:
         rows, columns = (side // self.pipe.reader.multiple for side in weighed.seen.model_size)
         chosen = [list(replace(config, blocks=r).chosen_blocks(count)) for r in ranges or ()]
         heats = [per_block[part].mean(dim=0) for part in chosen] or [per_block.mean(dim=0)]
-        maps = torch.stack(heats).view(len(heats), -1, rows, columns)[:, 0]
+        maps = torch.stack(heats).view(len(heats), -1, rows, columns)
         if config.spatial_bias:
             words = weighed.rows.table.words
             maps = maps * spatial_bias(directions(words), rows, columns, config.bias_floor)
         return maps
 
     @staticmethod
-    def _truth(sample: Sample, grid: tuple[int, int]) -> Tensor:
-        """The mask at the middles of the tokens, where points lie."""
-        truth = sample.truth()
-        truth = truth[0] if truth.ndim == 3 else truth
-        rows = ((torch.arange(grid[0]) + 0.5) * truth.shape[0] / grid[0]).long()
-        columns = ((torch.arange(grid[1]) + 0.5) * truth.shape[1] / grid[1]).long()
-        return truth[rows][:, columns]
+    def _truths(sample: Sample, shape: Sequence[int], frame_step: int) -> list[Tensor]:
+        """The masks at the middles of the tokens (latent frames, rows, columns), where points lie."""
+        truth, (latent, *grid) = sample.truth(), shape
+        frames = (
+            [truth] if truth.ndim == 2 else [truth[middle_frame_of(i, frame_step)] for i in range(latent)]
+        )
+        rows, columns = (
+            ((torch.arange(count) + 0.5) * side / count).long()
+            for count, side in zip(grid, truth.shape[-2:], strict=True)
+        )
+        return [frame[rows][:, columns] for frame in frames]

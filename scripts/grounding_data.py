@@ -94,7 +94,10 @@ def world_samples(
     return samples
 
 
-def clip_samples(count: int, *, seed: int, size: int = 64, frames: int = 17) -> list[Sample]:
+CLIP_FRAMES = 17
+
+
+def clip_samples(count: int, *, seed: int, size: int = 64, frames: int = CLIP_FRAMES) -> list[Sample]:
     """`count` expressions about clips of two moving shapes: by colour, by shape, by motion, in turn.
 
     Colours and motions of the two differ, and shapes where the shape is what is said.
@@ -112,7 +115,7 @@ def clip_samples(count: int, *, seed: int, size: int = 64, frames: int = 17) -> 
         pictures, masks = clips.render(pairs.select([index]), size)
         samples.append(
             Sample(
-                f"clips, by {kind}",
+                f"clips by {kind}",
                 index,
                 f"the {noun}",
                 lambda frames=pictures[0]: frames,

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffctrl.pipelines.refam_finish import map_track, mask_rule
 from diffctrl.refam import Grounding, RefAMConfig, TokenTable, Weights, metrics
-from diffctrl.refam.locate import centre, mask_of, peak
+from diffctrl.refam.locate import centre, enlarged, mask_of, peak
 from diffctrl.scripts.grounding_data import Sample
 
 PLAIN_BEST = "plain maps, their own best settings"
@@ -42,11 +43,19 @@ _FORWARD = (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one rung said of one sample, measured."""
+    """What one rung said of one sample, measured; of a clip over all frames that show the target.
 
-    hit: bool
+    Attributes:
+        hit: whether the point is on the target; of a clip the share of frames where it is.
+        overlap: pixels in both masks and in any of them.
+        precision: average precision of the map.
+        track: J and F of a clip.
+    """
+
+    hit: float
     overlap: tuple[int, int]
     precision: float
+    track: metrics.TrackScore | None = None
 
 
 @dataclass(slots=True)
@@ -113,9 +122,9 @@ def forward_key(config: RefAMConfig) -> tuple[Any, ...]:
 
 
 def climb(
-    pipe: Any, samples: Sequence[Sample], rungs: Sequence[Rung], *, batch: int, size: tuple[int, int] | None
+    pipe: Any, samples: Sequence[Sample], rungs: Sequence[Rung], *, batch: int, frames: int | None = None
 ) -> None:
-    """Let every rung answer every sample; forwards are shared where settings allow it."""
+    """Let every rung answer every sample, of clips that many frames; forwards are shared where possible."""
     groups: dict[tuple[Any, ...], list[Rung]] = {}
     for rung in rungs:
         groups.setdefault(forward_key(rung.config), []).append(rung)
@@ -124,23 +133,24 @@ def climb(
         pairs = [(sample.picture(), sample.expression) for sample in part]
         truths = [sample.truth() for sample in part]
         for group in groups.values():
-            for sample, truth, found in zip(part, truths, _read(pipe, pairs, group, batch), strict=True):
+            read = _read(pipe, pairs, group, batch, frames)
+            for sample, truth, found in zip(part, truths, read, strict=True):
                 for rung in group:
                     rung.answers.append(found(rung, sample, truth))
 
 
 def _read(
-    pipe: Any, pairs: list[tuple[Any, str]], group: Sequence[Rung], batch: int
+    pipe: Any, pairs: list[tuple[Any, str]], group: Sequence[Rung], batch: int, frames: int | None
 ) -> Iterator[Callable[[Rung, Sample, Tensor], Answer]]:
     """For each pair a function that answers for any rung of the group."""
-    weighed = pipe.weigh(pairs, covering([rung.config for rung in group]), batch_size=batch)
+    weighed = pipe.weigh(pairs, covering([rung.config for rung in group]), batch_size=batch, frames=frames)
     for each in weighed:
 
         def answer(rung: Rung, sample: Sample, truth: Tensor, each: Any = each) -> Answer:
             found = pipe.conclude(each, rung.config)
             if rung.plain:
                 found = plain_grounding(each, found, rung.config, pipe)
-            return measured(found.heat, found.point, found.mask, truth)
+            return measured(found, truth)
 
         yield answer
 
@@ -166,19 +176,51 @@ def plain_grounding(weighed: Any, found: Grounding, config: RefAMConfig, pipe: A
     """A grounding with the plain map in place of its own."""
     weights = weighed.weights.only(config.chosen_blocks(weighed.weights.count))
     encoder = pipe.reader.encoder(config.encoder)
-    heat = plain_map(weights, weighed.rows.table, config, encoder).mean(dim=0)
-    heat = heat.view(-1, *found.heat.shape)[0]
-    grid = (heat.shape[0], heat.shape[1])
-    point = centre(*peak(heat), grid, found.size)
-    rule: Any = config.mask if config.mask != "sam" else "region"
-    return replace(found, heat=heat, point=point, mask=mask_of(heat, point, found.size, rule))
+    maps = plain_map(weights, weighed.rows.table, config, encoder).mean(dim=0)
+    maps = maps.view(-1, *found.heat.shape)
+    heat = maps[0]
+    point = centre(*peak(heat), (heat.shape[0], heat.shape[1]), found.size)
+    found = replace(found, heat=heat, point=point, mask=mask_of(heat, point, found.size, mask_rule(config)))
+    if len(maps) == 1:
+        return found
+    track = map_track(maps, found.size, config, weighed.seen.frame_step)[: len(weighed.seen.pixels)]
+    return replace(found, frame_maps=maps, track=track)
 
 
-def measured(heat: Tensor, point: tuple[float, float], mask: Tensor, truth: Tensor) -> Answer:
-    """One answer against the truth."""
-    from diffctrl.refam.locate import enlarged
+def measured(found: Grounding, truth: Tensor) -> Answer:
+    """One answer against the truth (H, W) of a picture or (F, H, W) of a clip."""
+    if found.frame_maps is None or found.track is None:
+        return _measured(found.heat, found.point, found.mask, truth[0] if truth.ndim == 3 else truth)
+    maps, size = found.frame_maps, found.size
+    points = [centre(*peak(heat), (maps.shape[1], maps.shape[2]), size) for heat in maps]
+    at = latent_frames_of(len(truth), len(maps))
+    return over_frames(
+        [_measured(maps[i], points[i], mask, seen) for i, mask, seen in _shown(at, found.track, truth)],
+        metrics.track_score(found.track, truth),
+    )
 
-    truth = truth[0] if truth.ndim == 3 else truth
+
+def latent_frames_of(frames: int, latent: int) -> list[int]:
+    """The latent frame that each frame of a clip is in; the first is by itself."""
+    step = (frames - 1) // (latent - 1)
+    return [-(-frame // step) for frame in range(frames)]
+
+
+def _shown(at: Sequence[int], track: Tensor, truth: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for place, mask, seen in zip(at, track, truth, strict=True):
+        if bool(seen.any()):
+            yield place, mask, seen
+
+
+def over_frames(answers: Sequence[Answer], track: metrics.TrackScore) -> Answer:
+    """One answer of those to the frames of a clip."""
+    count = len(answers)
+    both, any_ = (sum(each.overlap[side] for each in answers) for side in (0, 1))
+    hit, precision = sum(each.hit for each in answers), sum(each.precision for each in answers)
+    return Answer(hit / count, (both, any_), precision / count, track)
+
+
+def _measured(heat: Tensor, point: tuple[float, float], mask: Tensor, truth: Tensor) -> Answer:
     size = (truth.shape[0], truth.shape[1])
     return Answer(
         metrics.point_inside(point, truth),
@@ -188,21 +230,25 @@ def measured(heat: Tensor, point: tuple[float, float], mask: Tensor, truth: Tens
 
 
 def priors(samples: Sequence[Sample], area: float, *, seed: int) -> list[Rung]:
-    """What needs no model: the middle of the picture, and a random box of the usual area."""
+    """What needs no model: the middle of the picture, and a random box of the usual area, both at rest."""
     rng = np.random.default_rng(seed)
     config = RefAMConfig()
     middle, random = Rung(CENTRE, config), Rung(BOX, config)
     for sample in samples:
         truth = sample.truth()
-        truth = truth[0] if truth.ndim == 3 else truth
-        height, width = truth.shape
+        height, width = truth.shape[-2:]
         side = math.sqrt(area)
         for rung, (x, y) in ((middle, (0.5, 0.5)), (random, tuple(rng.uniform(side / 2, 1 - side / 2, 2)))):
             rows = (torch.arange(height) + 0.5) / height - y
             columns = (torch.arange(width) + 0.5) / width - x
             mask = (rows.abs() <= side / 2)[:, None] & (columns.abs() <= side / 2)[None, :]
             heat = -torch.hypot(rows[:, None], columns[None, :])
-            rung.answers.append(measured(heat, (x * width, y * height), mask, truth))
+            point = x * width, y * height
+            if truth.ndim == 2:
+                rung.answers.append(_measured(heat, point, mask, truth))
+                continue
+            shown = [_measured(heat, point, mask, seen) for seen in truth if bool(seen.any())]
+            rung.answers.append(over_frames(shown, metrics.track_score(mask.expand_as(truth), truth)))
     return [middle, random]
 
 
@@ -212,7 +258,8 @@ def mean_area(samples: Sequence[Sample]) -> float:
     return sum(shares) / len(shares)
 
 
-MEASURES: Mapping[str, Callable[[Sequence[Answer]], float]] = {
+Measure = Callable[[Sequence[Answer]], float]
+MEASURES: Mapping[str, Measure] = {
     "pointing accuracy": lambda found: 100 * sum(a.hit for a in found) / len(found),
     "mIoU": lambda found: 100 * metrics.mean_iou([a.overlap for a in found]),
     "oIoU": lambda found: 100 * metrics.overall_iou([a.overlap for a in found]),
@@ -221,9 +268,35 @@ MEASURES: Mapping[str, Callable[[Sequence[Answer]], float]] = {
 }
 
 
-def interval(
-    samples: Sequence[Sample], answers: Sequence[Answer], measure: Callable[[Sequence[Answer]], float]
-) -> metrics.Interval:
+def _tracked(found: Sequence[Answer], value: Callable[[metrics.TrackScore], float]) -> float:
+    return 100 * sum(value(a.track) for a in found if a.track is not None) / len(found)
+
+
+CLIP_MEASURES: Mapping[str, Measure] = {
+    "pointing accuracy": MEASURES["pointing accuracy"],
+    "J&F": lambda found: _tracked(found, lambda track: track.mean),
+    "J": lambda found: _tracked(found, lambda track: track.j),
+    "F": lambda found: _tracked(found, lambda track: track.f),
+    "average precision": MEASURES["average precision"],
+}
+
+
+def reachable(samples: Sequence[Sample], token: int) -> float:
+    """Percent of the frames that show the target in which a token's middle lies on it: points lie there.
+
+    Args:
+        samples: clips.
+        token: side of a token in pixels, at the size of the masks.
+    """
+    shares = []
+    for sample in samples:
+        shown = [seen for seen in sample.truth() if bool(seen.any())]
+        middles = [bool(seen[token // 2 :: token, token // 2 :: token].any()) for seen in shown]
+        shares.append(sum(middles) / len(shown))
+    return 100 * sum(shares) / len(shares)
+
+
+def interval(samples: Sequence[Sample], answers: Sequence[Answer], measure: Measure) -> metrics.Interval:
     """A measure with its bootstrap interval over scenes."""
     scenes = [sample.scene for sample in samples]
     return metrics.bootstrap(scenes, lambda chosen: measure([answers[i] for i in chosen]))

@@ -41,6 +41,9 @@ def ready_pipeline(source: ModelSource, grounder: Grounder, dtype: Any) -> Any:
     extra = {n: v for n, v in stock.config.items() if n in takes and n not in stock.components}
     pipe = getattr(diffctrl.pipelines, grounder.ready)(**stock.components, **extra)
     pipe.set_progress_bar_config(disable=True)
+    call = source.recommended()
+    if {"height", "width"} <= call.keys():  # Wan's pipeline does not say at which size it was trained
+        pipe.reader.area = call["height"] * call["width"]
     return pipe
 
 

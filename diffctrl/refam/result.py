@@ -35,7 +35,7 @@ class Grounding:
         config: the settings.
         frame: of a video, the anchor frame; 0 of a picture.
         frame_maps: of a video, (F, h, w) float32 maps of its latent frames; None of a picture.
-        track: of a video that SAM 2 propagated, (frames, H, W) bool; None else.
+        track: of a video, (frames, H, W) bool: of each latent frame's own map, or SAM 2's; None of a picture.
     """
 
     expression: str

@@ -1,6 +1,7 @@
 """Datasets that a user has, the ladder and the choice of settings, on tiny models and folders."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import torch
 from PIL import Image
 
 from diffctrl.refam import RefAMConfig
+from diffctrl.refam.locate import centre, mask_of, peak
 from diffctrl.refam.presets import preset, write_preset
+from diffctrl.scripts import evaluate_grounding
 from diffctrl.scripts import grounding_data as data
 from diffctrl.scripts import grounding_ladder as ladder
 from diffctrl.scripts.grounding_calibration import Calibration, block_ranges
-from tests.refam.models import sd3
+from tests.refam.models import sd3, wan
 
 
 def _counts(mask):
@@ -130,7 +133,7 @@ def test_the_worlds_samples_share_no_scene():
 
 def test_clips_are_referred_to_by_what_tells_the_two_apart():
     samples = data.clip_samples(6, seed=3, size=32)
-    assert [s.split for s in samples] == ["clips, by colour", "clips, by shape", "clips, by motion"] * 2
+    assert [s.split for s in samples] == ["clips by colour", "clips by shape", "clips by motion"] * 2
     assert samples[0].expression.endswith(" one")
     assert samples[2].expression.startswith("the one that ")
     for sample in samples:
@@ -142,14 +145,12 @@ def test_clips_are_referred_to_by_what_tells_the_two_apart():
 def test_every_rung_is_what_its_settings_say():
     pipe, samples = sd3(), _world()
     rungs = ladder.rungs_of(RefAMConfig(encoder="clip", blocks="0-1"))
-    ladder.climb(pipe, samples, rungs, batch=4, size=None)
+    ladder.climb(pipe, samples, rungs, batch=4)
     assert [len(rung.answers) for rung in rungs] == [6] * 7
     for rung in rungs[1:]:
         for sample, answer in zip(samples, rung.answers, strict=True):
             found = pipe(sample.picture(), sample.expression, config=rung.config)
-            assert (
-                answer.overlap == ladder.measured(found.heat, found.point, found.mask, sample.truth()).overlap
-            )
+            assert answer.overlap == ladder.measured(found, sample.truth()).overlap
     plain, stop = rungs[0], rungs[1]
     assert [a.precision for a in plain.answers] != [a.precision for a in stop.answers]
     # The noun phrase matters where a relation is said, and only there.
@@ -163,6 +164,107 @@ def test_priors_need_no_model():
     for rung in (middle, box):
         assert all(a.overlap[1] >= 40 for a in rung.answers)  # a box of 4 % is 41 pixels
     assert [a.precision for a in middle.answers] != [a.precision for a in box.answers]
+
+
+# --- clips --------------------------------------------------------------------------------------------------
+
+
+def _clips(count=3):
+    return data.clip_samples(count, seed=7, size=32)
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """A Wan that sees clips at their own size: a token is four pixels, a latent frame two frames."""
+    made = wan()
+    monkeypatch.setattr(made.reader, "area", 32 * 32)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("frames", "latent", "wanted"),
+    [(9, 3, [0, 1, 1, 1, 1, 2, 2, 2, 2]), (5, 3, [0, 1, 1, 2, 2]), (3, 3, [0, 1, 2])],
+)
+def test_the_latent_frame_of_each_frame(frames, latent, wanted):
+    assert ladder.latent_frames_of(frames, latent) == wanted
+
+
+def test_a_clip_is_answered_frame_by_frame(pipe):
+    samples = _clips()
+    rungs = ladder.rungs_of(RefAMConfig(blocks="0-1"))
+    ladder.climb(pipe, samples, rungs, batch=4, frames=17)
+    for rung in rungs[1:]:
+        for sample, answer in zip(samples, rung.answers, strict=True):
+            found = pipe(sample.picture(), sample.expression, frames=17, config=rung.config)
+            truth, size = sample.truth(), found.size
+            at = ladder.latent_frames_of(17, 9)
+            assert len(found.frame_maps) == 9
+            points = [centre(*peak(heat), tuple(heat.shape), size) for heat in found.frame_maps]
+            shown = [frame for frame in range(17) if truth[frame].any()]
+            hits = [bool(truth[f][int(points[at[f]][1]), int(points[at[f]][0])]) for f in shown]
+            assert answer.hit == pytest.approx(sum(hits) / len(shown))
+            masks = [mask_of(found.frame_maps[at[f]], points[at[f]], size, "region") for f in range(17)]
+            assert answer.overlap == (
+                sum(int((masks[f] & truth[f]).sum()) for f in shown),
+                sum(int((masks[f] | truth[f]).sum()) for f in shown),
+            )
+    plain, stop = rungs[0], rungs[1]
+    assert [a.precision for a in plain.answers] != [a.precision for a in stop.answers]
+    assert {a.track.j for a in plain.answers} != {a.track.j for a in stop.answers}
+
+
+def test_a_track_that_is_right_is_measured_as_right(pipe):
+    (sample,) = _clips(1)
+    found = pipe(sample.picture(), sample.expression)
+    truth = torch.zeros(9, 32, 32, dtype=torch.bool)
+    truth[0, :8, :8], truth[1:5, 8:16, :8] = True, True  # gone in the last latent frame
+    maps = torch.zeros(3, 4, 4)
+    maps[0, 0, 0], maps[1, 1, 0], maps[2, 3, 3] = 1.0, 1.0, 1.0
+    right = replace(found, frame_maps=maps, track=truth)
+    answer = ladder.measured(right, truth)
+    assert (answer.hit, answer.track.j, answer.track.f) == (1.0, 1.0, 1.0)
+    assert answer.overlap == (5 * 64, 5 * 64)
+    late = replace(found, frame_maps=maps.roll(1, 0), track=truth.roll(4, 0))
+    assert ladder.measured(late, truth).hit == 0.0
+
+
+def test_priors_and_what_points_can_reach_on_clips():
+    samples = _clips(6)
+    middle, box = ladder.priors(samples, 0.04, seed=0)
+    for rung in (middle, box):
+        assert all(a.track is not None and a.overlap[1] >= 17 * 40 for a in rung.answers)
+    assert 0 < ladder.reachable(samples, 8) < ladder.reachable(samples, 2) <= 100
+    assert ladder.reachable(samples, 1) == 100.0
+
+
+def test_settings_for_clips_count_every_latent_frame(pipe):
+    samples = _clips()
+    calibration = Calibration(pipe, samples, batch=3, frames=17)
+    calibration.run(RefAMConfig())
+    chosen = next(t for t in calibration.tried if t.config.blocks == "1" and t.config.normalise == "full")
+    hits = []
+    for sample in samples:
+        maps = pipe(sample.picture(), sample.expression, frames=17, config=chosen.config).frame_maps
+        grid = maps.shape[1:]
+        truths = [sample.truth()[frame] for frame in range(0, 17, 2)]  # the later one of two
+        each = []
+        for heat, truth in zip(maps, truths, strict=True):
+            seen = truth[32 // grid[0] // 2 :: 32 // grid[0], 32 // grid[1] // 2 :: 32 // grid[1]]
+            if bool(seen.any()):
+                each.append(float(seen[peak(heat)]))
+        hits.append(sum(each) / len(each) if each else 0.0)
+    assert chosen.pointing == pytest.approx(100 * sum(hits) / len(hits))
+
+
+def test_the_command_measures_the_video_model_at_its_own_size(tmp_path, capsys):
+    out = tmp_path / "clips.json"
+    evaluate_grounding.main(["--model", "shapes-wan", "--data", "clips", "--quick", "--out", str(out)])
+    found = json.loads(out.read_text())
+    values = {figure["name"]: figure["value"] for figure in found["figures"]}
+    assert found["topic"] == "grounding_clips"
+    assert values["+ magnets (full RefAM): J&F"] > values["centre prior: J&F"]
+    assert 80 < values["reachable: pointing accuracy"] <= 100
+    assert "clips by motion" in capsys.readouterr().out
 
 
 def test_settings_are_chosen_by_both_measures(tmp_path):
