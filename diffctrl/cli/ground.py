@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def ground(
-    image: Annotated[Path, typer.Argument(help="A picture; for video models also a folder of frames.")],
+    image: Annotated[Path, typer.Argument(help="A picture; for video models also a video or frames.")],
     phrase: Annotated[
         str | None, typer.Argument(help="What to find, as 'the red cup left of the plate'.")
     ] = None,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffctrl import settings as reading
+from diffctrl.drawing import mp4
 from diffctrl.drawing.choices import choose_device
 from diffctrl.drawing.kinds import KINDS
 from diffctrl.drawing.prompts import unknown_words
@@ -23,6 +25,7 @@ _MOST_PIXELS = 100_000_000
 _VIDEO_MULTIPLE = 16
 _LIBRARIES = ("diffusers", "transformers")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class GroundRequest:
     """What a user asked for; None is "not said".
 
     Attributes:
-        image: a picture, or for the video models a folder of frames or an animated picture.
+        image: a picture, or for the video models a video, a folder of frames or an animated picture.
         phrases: expressions.
         phrases_file: a text file with one expression a line; empty lines and those that begin with # are left
             out.
@@ -114,7 +117,7 @@ def make(request: GroundRequest) -> GroundPlan:
         BadRequestError: something cannot be done as asked.
     """
     phrases = _phrases(request)
-    frames, digest = _frames(request.image)
+    frames, digest = _frames(request.image, request.frames)
     source = ModelSource.find(request.model or DEFAULT_MODEL)
     grounder = grounder_of(source)
     if len(frames) > 1 and not grounder.video:
@@ -129,7 +132,8 @@ def make(request: GroundRequest) -> GroundPlan:
     _check_sam(config)
     _check_blocks(source, config)
     warnings = []
-    if source.embedded and (unknown := list(dict.fromkeys(w for p in phrases for w in unknown_words(p)))):
+    named = (word for phrase in phrases for word in unknown_words(phrase, clips=grounder.video))
+    if source.embedded and (unknown := list(dict.fromkeys(named))):
         words = ", ".join(map(repr, unknown))
         warnings.append(f"{source.name} never saw {words} in training, so that its map says little")
     if source.embedded:
@@ -169,8 +173,11 @@ def _phrases(request: GroundRequest) -> tuple[str, ...]:
     return tuple(dict.fromkeys(phrases))
 
 
-def _frames(path: Path) -> tuple[list[Any], str]:
-    """(PIL images, sha256) of a picture, an animated picture or a folder of frames."""
+def _frames(path: Path, most: int | None) -> tuple[list[Any], str]:
+    """(PIL images, sha256) of a picture, an animated picture, a video or a folder of frames.
+
+    Of a video's file, `most` frames at most are decoded.
+    """
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in _PICTURES)
         if not files:
@@ -179,6 +186,8 @@ def _frames(path: Path) -> tuple[list[Any], str]:
         frames = [frames[0] for frames in found]
         if any(frame.size != frames[0].size for frame in frames):
             raise BadRequestError(f"the pictures in {path} have different sizes; frames of a video have one")
+    elif path.is_file() and path.suffix.lower() in _VIDEOS:
+        files, frames = [path], _decoded(path, most)
     elif path.is_file():
         files, frames = [path], _read(path)
     else:
@@ -187,6 +196,25 @@ def _frames(path: Path) -> tuple[list[Any], str]:
     for file in files:
         digest.update(file.read_bytes())
     return frames, digest.hexdigest()
+
+
+def _decoded(path: Path, most: int | None) -> list[Any]:
+    """A video's first frames.
+
+    Raises:
+        BadRequestError: it cannot be read, or holds more than is kept at once.
+    """
+    from PIL import Image
+
+    frames: list[Any] = []
+    for frame in itertools.islice(mp4.read_frames(path), most):
+        frames.append(Image.fromarray(frame))
+        if len(frames) * frame.shape[0] * frame.shape[1] > _MOST_PIXELS:
+            raise BadRequestError(
+                f"{path} holds more than {_MOST_PIXELS // 10**6} million pixels; read fewer frames: --frames "
+                f"{len(frames) - 1} or less"
+            )
+    return frames
 
 
 def _read(path: Path) -> list[Any]:

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diffctrl.zoo import worlds
+from diffctrl.grounding import plan as planning
+from diffctrl.zoo import clips, worlds
 from diffctrl.zoo.worlds.referring_set import referring_set
 
 PHRASE = "the red star left of a blue ring"
@@ -129,6 +131,52 @@ def test_pictures_that_cannot_be_read(ground, no_weights, tmp_path, photo):
     _refused(ground(frames, "a star"), "reads single pictures")
     Image.new("RGB", (16, 16)).save(frames / "2.png")
     _refused(ground(frames, "a star"), "different sizes")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A clip of two shapes that one can tell apart, as a file, and the masks of the red one."""
+    scenes = clips.sample(40, seed=3, frames=17, split="test", forms=("pair",))
+    at = next(
+        i for i, facts in enumerate(clips.truth(scenes))
+        if [each.colour for each in facts.objects].count("red") == 1
+    )  # fmt: skip
+    colours = [each.colour for each in clips.truth(scenes)[at].objects]
+    video, masks = clips.render(scenes.select([at]), 64)
+    path = tmp_path_factory.mktemp("clips") / "two shapes.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=8, options={"crf": "8"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for frame in (video[0].permute(0, 2, 3, 1) * 255).round().byte().numpy():
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    return path, masks[0, :, colours.index("red")] > 0.5
+
+
+def test_videos_are_read_by_video_models_alone(ground, no_weights, clip, tmp_path):
+    _refused(ground(clip[0], "a star"), "has 17 frames, and")
+    (tmp_path / "no.mp4").write_text("no video")
+    _refused(ground(tmp_path / "no.mp4", "a star"), "not a video file that can be read")
+    assert len(planning._frames(clip[0], 5)[0]) == 5
+
+
+def test_a_long_video_says_how_much_of_it_can_be_read(ground, no_weights, clip, monkeypatch):
+    monkeypatch.setattr(planning, "_MOST_PIXELS", 9 * 64 * 64)
+    _refused(ground(clip[0], "a star"), "--frames 9 or less")
+    assert len(planning._frames(clip[0], 9)[0]) == 9
+
+
+def test_the_embedded_video_model_follows_an_object(run, clip, tmp_path):
+    done = run("ground", clip[0], "the red one", "--model", "shapes-wan", "--frames", "17", "--out", tmp_path)
+    assert done.exit_code == 0, done.stderr
+    assert "never saw" not in done.stderr
+    record = next(Path(line) for line in done.stdout.split("\n") if line.endswith(".json"))
+    found = json.loads(record.read_text(encoding="utf-8"))
+    assert found["model_size"] == [64, 64]
+    track = [np.asarray(Image.open(path)) > 0 for path in sorted(tmp_path.glob("*-track/*.png"))]
+    assert len(track) == 17
+    inside = [bool((mask & truth.numpy()).any()) for mask, truth in zip(track, clip[1], strict=True)]
+    assert sum(inside) >= 13
 
 
 def test_pipelines_that_do_not_ground(ground, no_weights, tiny_model, photo, tmp_path):
