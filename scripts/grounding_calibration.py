@@ -20,7 +20,7 @@ from diffctrl.refam.locate import peak, spatial_bias
 from diffctrl.refam.metrics import average_precision
 from diffctrl.refam.words import directions
 from diffctrl.scripts.grounding_data import Sample
-from diffctrl.scripts.grounding_ladder import bare_of, plain_map
+from diffctrl.scripts.grounding_ladder import bare_of, encoded, plain_map
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7)
 
@@ -84,6 +84,8 @@ class Calibration:
         self.tried: list[Tried] = []
         self.plain: list[Tried] = []
         self.blocks = 0
+        # Pictures until they are encoded, then their latents: the autoencoder is most of a small forward.
+        self.seen: list[Any] = [sample.picture() for sample in samples]
 
     def run(self, base: RefAMConfig) -> Tried:
         """The best settings found, in three rounds: noise with blocks and direction, text, small switches."""
@@ -101,6 +103,7 @@ class Calibration:
             bare = [bare_of(config) for config in families if config.normalise == "full"]
             # The rival gets its own best blocks, direction and noise too.
             self.plain += self._score(bare, self._ranges(base), plain=True)
+            print(f"sigma {sigma:g}: {len(self.tried)} settings tried, best {best.as_dict()}", flush=True)
         assert best is not None
         for padding, magnets in (("keep", "separate"), ("drop", "none"), ("drop", "separate")):
             other = replace(best.config, padding=padding, magnet_encoding=magnets)
@@ -162,8 +165,10 @@ class Calibration:
         )
         for start in range(0, len(self.samples), self.batch):
             part = self.samples[start : start + self.batch]
-            pairs = [(sample.picture(), sample.expression) for sample in part]
+            stop = start + len(part)
+            pairs = [(seen, each.expression) for seen, each in zip(self.seen[start:stop], part, strict=True)]
             weighed = self.pipe.weigh(pairs, covering, batch_size=self.batch, frames=self.frames)
+            self.seen[start:stop] = [encoded(each) for each in weighed]
             for sample, each in zip(part, weighed, strict=True):
                 maps = torch.cat([self._maps(each, config, ranges, plain) for config in configs])
                 truths = self._truths(sample, maps.shape[1:], each.seen.frame_step)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffctrl.pipelines.refam_finish import map_track, mask_rule
+from diffctrl.pipelines.refam_weighed import Weighed
 from diffctrl.refam import Grounding, RefAMConfig, TokenTable, Weights, metrics
 from diffctrl.refam.locate import centre, enlarged, mask_of, peak
 from diffctrl.scripts.grounding_data import Sample
@@ -130,29 +131,27 @@ def climb(
         groups.setdefault(forward_key(rung.config), []).append(rung)
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
-        pairs = [(sample.picture(), sample.expression) for sample in part]
+        seen: list[Any] = [sample.picture() for sample in part]
         truths = [sample.truth() for sample in part]
         for group in groups.values():
-            read = _read(pipe, pairs, group, batch, frames)
-            for sample, truth, found in zip(part, truths, read, strict=True):
+            pairs = [(picture, sample.expression) for picture, sample in zip(seen, part, strict=True)]
+            config = covering([rung.config for rung in group])
+            weighed = pipe.weigh(pairs, config, batch_size=batch, frames=frames)
+            for truth, each in zip(truths, weighed, strict=True):
                 for rung in group:
-                    rung.answers.append(found(rung, sample, truth))
+                    rung.answers.append(measured(_concluded(pipe, each, rung), truth))
+            seen = [encoded(each) for each in weighed]
+        print(f"  {start + len(part)} of {len(samples)} expressions", flush=True)
 
 
-def _read(
-    pipe: Any, pairs: list[tuple[Any, str]], group: Sequence[Rung], batch: int, frames: int | None
-) -> Iterator[Callable[[Rung, Sample, Tensor], Answer]]:
-    """For each pair a function that answers for any rung of the group."""
-    weighed = pipe.weigh(pairs, covering([rung.config for rung in group]), batch_size=batch, frames=frames)
-    for each in weighed:
+def _concluded(pipe: Any, weighed: Weighed, rung: Rung) -> Grounding:
+    found = pipe.conclude(weighed, rung.config)
+    return plain_grounding(weighed, found, rung.config, pipe) if rung.plain else found
 
-        def answer(rung: Rung, sample: Sample, truth: Tensor, each: Any = each) -> Answer:
-            found = pipe.conclude(each, rung.config)
-            if rung.plain:
-                found = plain_grounding(each, found, rung.config, pipe)
-            return measured(found, truth)
 
-        yield answer
+def encoded(weighed: Weighed) -> Weighed:
+    """What is left of a picture for further forwards: its latents."""
+    return replace(weighed, weights=None, scored=None)
 
 
 def covering(configs: Sequence[RefAMConfig]) -> RefAMConfig:

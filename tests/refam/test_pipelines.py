@@ -512,3 +512,16 @@ def test_maps_of_drawn_videos():
     )  # fmt: skip
     assert drawn.grounding.frame_maps.shape == (3, 4, 8)
     assert drawn.grounding.size == (16, 32)
+
+
+def test_what_was_weighed_is_read_again_without_the_autoencoder(monkeypatch):
+    pipe, picture = sd3(), torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(3))
+    config = RefAMConfig(encoder="clip", blocks="0-1")
+    other = replace(config, sigma=0.7)
+    (first,) = pipe.weigh([(picture, "a red star")], config)
+    (wanted,) = pipe.weigh([(picture, "a red star")], other)
+    monkeypatch.setattr(pipe.reader, "encode", None)
+    (again,) = pipe.weigh([(first, "a red star")], other)
+    assert torch.equal(again.weights.i2t, wanted.weights.i2t)
+    assert not torch.equal(again.weights.i2t, first.weights.i2t)
+    assert torch.equal(pipe.conclude(again, other).heat, pipe.conclude(wanted, other).heat)
