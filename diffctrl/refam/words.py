@@ -217,28 +217,49 @@ def _chunk(words: Sequence[Word], text: str, *, needed: bool) -> frozenset[int]:
 
 # What may stand around a direction after the noun: "on the far left side of the picture".
 _TAIL = re.compile(
-    rf"(?:(?:on|at|in|to) )?(?:the )?(?:far |very |extreme )?(?P<first>{'|'.join(_DIRECTIONS)})"
+    rf"(?:(?:(?P<place>on|at|in)|to) )?(?:the )?(?:far |very |extreme )?(?P<first>{'|'.join(_DIRECTIONS)})"
     rf"(?: (?P<second>{'|'.join(_DIRECTIONS)}))?(?: hand)?(?: (?:side|corner|part|half|edge))?"
     r"(?: (?:of|in) (?:the )?(?:image|picture|photo|photograph|screen|frame))?"
 )
+
+
+# Verbs of which a direction says where something goes or looks, and what may stand between the two.
+_GOING = re.compile(
+    r"(?:bounc|driv|fac|mov|rid|slid)(?:e|es|ing)|fl(?:y|ies|ying)|(?:run|swim)(?:s|ning|ming)?|goes|"
+    r"(?:drift|fall|go|head|lean|look|point|roll|travel|turn|walk)(?:s|ing)?"
+)
+_BETWEEN = frozenset({"and", "back", "from", "off", "the", "then", "to", "toward", "towards"})
+
+
+def _says_where_to(words: Sequence[Word], index: int) -> bool:
+    """Whether a direction belongs to a verb, as in "moves to the left" and "moves right and then up"."""
+    for word in reversed(words[:index]):
+        if _GOING.fullmatch(word.key):
+            return True
+        if word.key not in _BETWEEN and word.key not in _DIRECTIONS:
+            return False
+    return False
 
 
 def directions(words: Sequence[Word]) -> tuple[Direction, ...]:
     """Where in the picture the expression says the object is; () where it only relates two objects.
 
     "the left cup", "the cup on the left" and "the cup in the top right corner" say where. "the cup left of
-    the plate" and "the cup on the left plate" do not: a ramp would pull the point to the border.
+    the plate" and "the cup on the left plate" do not: a ramp would pull the point to the border. Nor do "the
+    one that moves left" and "the man looking right".
     """
     phrase = sorted(_by_rule(words)) or range(len(words))
     found: list[Direction] = [
         _DIRECTIONS[words[index].key]
         for index in phrase
-        if words[index].key in _DIRECTIONS and [word.key for word in words[index + 1 : index + 2]] != ["of"]
+        if words[index].key in _DIRECTIONS
+        and [word.key for word in words[index + 1 : index + 2]] != ["of"]
+        and not _says_where_to(words, index)
     ]
     tail = " ".join(word.key for word in words[phrase[-1] + 1 :] if not word.is_punctuation)
     match = _TAIL.fullmatch(tail)
-    if match:
-        found.extend(_DIRECTIONS[name] for name in match.groups() if name)
+    if match and (match["place"] or not _GOING.fullmatch(words[phrase[-1]].key)):
+        found.extend(_DIRECTIONS[match[name]] for name in ("first", "second") if match[name])
     return tuple(dict.fromkeys(found))
 
 

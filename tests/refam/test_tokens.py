@@ -130,6 +130,16 @@ def test_an_expression_without_content_is_read_whole_and_says_so():
         ("the circle above the green cross", ()),
         ("the second cup from the left", ()),
         ("left of the plate", ()),
+        ("the one that moves left", ()),
+        ("the one that moves right then up", ()),
+        ("the man running to the left", ()),
+        ("the man looking right", ()),
+        ("the left man looking right", ("left",)),
+        ("the falling leaf on the left", ("left",)),
+        ("the turn signal on the left", ("left",)),
+        ("the man walking on the left", ("left",)),
+        ("the man to the left", ("left",)),
+        ("the man running left", ()),
     ],
 )
 def test_directions_say_where_and_relations_do_not(text, wanted):
