@@ -40,12 +40,12 @@ from diffctrl.scripts.grounding_data import (
 EMBEDDED = "shapes-sd3"
 
 
+@torch.no_grad()
 def main(arguments: list[str] | None = None) -> list[Figure]:
     """Entry point; `arguments` as on the command line. Returns what is written to `--out`."""
     options = _parser().parse_args(arguments)
     if options.quick:
         options.n, options.validation = 12, 12
-    torch.set_grad_enabled(False)
     pipe, base, plain = _pipeline(options)
     if options.calibrate:
         base, plain = _calibrate(pipe, options)

@@ -265,6 +265,7 @@ def test_the_command_measures_the_video_model_at_its_own_size(tmp_path, capsys):
     assert values["+ magnets (full RefAM): J&F"] > values["centre prior: J&F"]
     assert 80 < values["reachable: pointing accuracy"] <= 100
     assert "clips by motion" in capsys.readouterr().out
+    assert torch.is_grad_enabled()
 
 
 def test_settings_are_chosen_by_both_measures(tmp_path):
