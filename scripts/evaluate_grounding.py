@@ -40,7 +40,6 @@ from diffctrl.scripts.grounding_data import (
 EMBEDDED = "shapes-sd3"
 
 
-@torch.no_grad()
 def main(arguments: list[str] | None = None) -> list[Figure]:
     """Entry point; `arguments` as on the command line. Returns what is written to `--out`."""
     options = _parser().parse_args(arguments)
@@ -141,10 +140,8 @@ def _pictures(
     world: bool,
     options: argparse.Namespace,
 ) -> list[Figure]:
-    rungs = ladder.rungs_of(base, plain)
-    ladder.climb(pipe, samples, rungs, batch=options.batch)
-    area = ladder.mean_area(world_samples(60, seed=VALIDATION_SEED) if world else samples)
-    rungs += ladder.priors(samples, area, seed=TEST_SEED)
+    others = world_samples(60, seed=VALIDATION_SEED) if world else samples
+    rungs = _answered(pipe, base, plain, samples, others, options.batch)
     figures = _ladder_figures(samples, rungs, ladder.MEASURES)
     if world:
         figures += _split_figures(samples, rungs)
@@ -158,16 +155,28 @@ def _clips(
     pipe: Any, base: RefAMConfig, plain: RefAMConfig | None, options: argparse.Namespace
 ) -> list[Figure]:
     """The ladder on clips of the generated world."""
-    samples = clip_samples(options.n, seed=TEST_SEED)
-    rungs = ladder.rungs_of(base, plain)
-    ladder.climb(pipe, samples, rungs, batch=options.batch, frames=CLIP_FRAMES)
-    area = ladder.mean_area(clip_samples(60, seed=VALIDATION_SEED))
-    rungs += ladder.priors(samples, area, seed=TEST_SEED)
+    samples, others = clip_samples(options.n, seed=TEST_SEED), clip_samples(60, seed=VALIDATION_SEED)
+    rungs = _answered(pipe, base, plain, samples, others, options.batch, CLIP_FRAMES)
     figures = _ladder_figures(samples, rungs, ladder.CLIP_MEASURES)
     best = ladder.reachable(samples, pipe.reader.multiple)
     note = "share of frames in which the middle of any token is on the target"
     figures.append(Figure("reachable: pointing accuracy", best, unit="%", note=note))
     return figures + _split_figures(samples, rungs)
+
+
+def _answered(
+    pipe: Any,
+    base: RefAMConfig,
+    plain: RefAMConfig | None,
+    samples: list[Sample],
+    others: list[Sample],
+    batch: int,
+    frames: int | None = None,
+) -> list[ladder.Rung]:
+    """Every rung and prior with its answers; the random box has the usual area of the others' targets."""
+    rungs = ladder.rungs_of(base, plain)
+    ladder.climb(pipe, samples, rungs, batch=batch, frames=frames)
+    return rungs + ladder.priors(samples, ladder.mean_area(others), seed=TEST_SEED)
 
 
 def _ladder_figures(

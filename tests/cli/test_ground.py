@@ -160,6 +160,17 @@ def test_videos_are_read_by_video_models_alone(ground, no_weights, clip, tmp_pat
     assert len(planning._frames(clip[0], 5)[0]) == 5
 
 
+def test_words_of_clips_are_known_to_the_model_of_clips_alone(clip, tmp_path):
+    def warnings(phrase, model, path):
+        request = planning.GroundRequest(image=path, phrases=(phrase,), model=model)
+        return " ".join(planning.make(request).warnings)
+
+    assert "never saw" not in warnings("the one that moves left quickly", "shapes-wan", clip[0])
+    assert "never saw 'dragon'" in warnings("the dragon that moves left", "shapes-wan", clip[0])
+    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    assert "'moves'" in warnings("the one that moves left", "shapes-sd3", tmp_path / "one.png")
+
+
 def test_a_long_video_says_how_much_of_it_can_be_read(ground, no_weights, clip, monkeypatch):
     monkeypatch.setattr(planning, "_MOST_PIXELS", 9 * 64 * 64)
     _refused(ground(clip[0], "a star"), "--frames 9 or less")
@@ -170,11 +181,14 @@ def test_the_embedded_video_model_follows_an_object(run, clip, tmp_path):
     done = run("ground", clip[0], "the red one", "--model", "shapes-wan", "--frames", "17", "--out", tmp_path)
     assert done.exit_code == 0, done.stderr
     assert "never saw" not in done.stderr
+    assert "frames" not in done.stderr  # all of them were read
     record = next(Path(line) for line in done.stdout.split("\n") if line.endswith(".json"))
     found = json.loads(record.read_text(encoding="utf-8"))
     assert found["model_size"] == [64, 64]
     track = [np.asarray(Image.open(path)) > 0 for path in sorted(tmp_path.glob("*-track/*.png"))]
     assert len(track) == 17
+    part = run("ground", clip[0], "the red one", "--model", "shapes-wan", "--out", tmp_path / "part")
+    assert "the first 13 of 17 frames" in part.stderr
     inside = [bool((mask & truth.numpy()).any()) for mask, truth in zip(track, clip[1], strict=True)]
     assert sum(inside) >= 13
 

@@ -336,8 +336,6 @@ def test_ready_pipelines_have_the_method() -> None:
 def test_the_embedded_lora_fits_its_model_and_denoises_long_clips_better(caplog: Any) -> None:
     from diffctrl.zoo import clips, registry
 
-    if not registry.is_here("shapes-wan"):
-        pytest.skip("the weights are not in this checkout")
     pipe, call = registry.load("shapes-wan"), registry.recommended("shapes-wan")
     scenes = clips.sample(1, seed=31, split="test", frames=129)
     (caption,) = clips.to_text(clips.caption_words(scenes, torch.full((1, clips.CAPTION_UNIFORMS), 0.5)))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffctrl.refam import RefAMConfig
 from diffctrl.refam.locate import centre, mask_of, peak
+from diffctrl.refam.metrics import average_precision
 from diffctrl.refam.presets import preset, write_preset
 from diffctrl.scripts import evaluate_grounding
 from diffctrl.scripts import grounding_data as data
@@ -213,6 +214,19 @@ def test_a_clip_is_answered_frame_by_frame(pipe):
     assert {a.track.j for a in plain.answers} != {a.track.j for a in stop.answers}
 
 
+def test_plain_maps_of_a_clip_are_of_each_latent_frame(pipe):
+    (sample,) = _clips(1)
+    config = ladder.bare_of(RefAMConfig(blocks="0-1"))
+    (weighed,) = pipe.weigh([(sample.picture(), sample.expression)], config, frames=17)
+    found = ladder.plain_grounding(weighed, pipe.conclude(weighed, config), config, pipe)
+    columns = [i for i, token in enumerate(weighed.rows.table.tokens) if token.kind not in ("pad", "context")]
+    maps = weighed.weights.i2t[:, columns].sum(1).mean(0).view(9, 8, 8)
+    torch.testing.assert_close(found.frame_maps, maps)
+    masks = [mask_of(heat, centre(*peak(heat), (8, 8), (32, 32)), (32, 32), "region") for heat in maps]
+    assert torch.equal(found.track[0::2], torch.stack(masks))
+    assert torch.equal(found.track[1::2], torch.stack(masks[1:]))
+
+
 def test_a_track_that_is_right_is_measured_as_right(pipe):
     (sample,) = _clips(1)
     found = pipe(sample.picture(), sample.expression)
@@ -242,7 +256,7 @@ def test_settings_for_clips_count_every_latent_frame(pipe):
     calibration = Calibration(pipe, samples, batch=3, frames=17)
     calibration.run(RefAMConfig())
     chosen = next(t for t in calibration.tried if t.config.blocks == "1" and t.config.normalise == "full")
-    hits = []
+    hits, precisions = [], []
     for sample in samples:
         maps = pipe(sample.picture(), sample.expression, frames=17, config=chosen.config).frame_maps
         grid = maps.shape[1:]
@@ -251,9 +265,11 @@ def test_settings_for_clips_count_every_latent_frame(pipe):
         for heat, truth in zip(maps, truths, strict=True):
             seen = truth[32 // grid[0] // 2 :: 32 // grid[0], 32 // grid[1] // 2 :: 32 // grid[1]]
             if bool(seen.any()):
-                each.append(float(seen[peak(heat)]))
-        hits.append(sum(each) / len(each) if each else 0.0)
+                each.append((float(seen[peak(heat)]), average_precision(heat, seen)))
+        hits.append(sum(hit for hit, _ in each) / len(each))
+        precisions.append(sum(precision for _, precision in each) / len(each))
     assert chosen.pointing == pytest.approx(100 * sum(hits) / len(hits))
+    assert chosen.precision == pytest.approx(100 * sum(precisions) / len(precisions), rel=1e-4)
 
 
 def test_the_command_measures_the_video_model_at_its_own_size(tmp_path, capsys):

@@ -8,15 +8,24 @@ import pytest
 from diffctrl.zoo import registry
 
 
-def _has_weights(name: str) -> bool:
-    try:
-        registry.path(name)
-    except FileNotFoundError:
-        return False
-    return True
+def _run_blocked(code: str) -> list[str]:
+    """Lines that code prints in a process without network and optional packages."""
+    begin = """
+import socket, sys
 
+# None in sys.modules: `import` fails, and `importlib.util.find_spec` says that there is no such package.
+sys.modules.update(dict.fromkeys(["sentencepiece", "ftfy", "google"]))
 
-trained = pytest.mark.skipif(not _has_weights("shapes-sd3"), reason="the weights are not in this checkout")
+def no_network(*_, **__):
+    raise OSError("no network in this test")
+
+socket.create_connection = no_network
+import torch
+torch.set_num_threads(1)
+"""
+    done = subprocess.run([sys.executable, "-c", begin + code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -45,28 +54,14 @@ def test_importing_the_zoo_loads_no_heavy_package():
 
 @pytest.mark.parametrize("name", sorted(registry.EMBEDDED))
 def test_files_are_small_and_safe(name):
-    if not _has_weights(name):
-        pytest.skip(f"the weights of {name} are not in this checkout")
     files = [file for file in registry.path(name).rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md"}
     assert max(file.stat().st_size for file in files) <= 12_000_000
     assert (registry.path(name) / "README.md").is_file()
 
 
-@trained
 def test_it_loads_with_optional_packages_blocked_and_draws_what_is_asked():
-    code = """
-import socket, sys
-
-# None in sys.modules: `import` fails, and `importlib.util.find_spec` says that there is no such package.
-sys.modules.update(dict.fromkeys(["sentencepiece", "ftfy", "google"]))
-
-def no_network(*_, **__):
-    raise OSError("no network in this test")
-
-socket.create_connection = no_network
-import torch
-torch.set_num_threads(1)
+    lines = _run_blocked("""
 from diffctrl.zoo import judge, registry
 
 pipeline = registry.load("shapes-sd3")
@@ -79,26 +74,12 @@ images = [
     for seed in range(3)
 ]
 print(sum(judge.check(image, judge.parse(caption)).exact for image in images))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.strip().splitlines()[-1]) >= 2
+""")
+    assert int(lines[-1]) >= 2
 
 
 def test_the_video_model_draws_what_is_asked_with_optional_packages_blocked():
-    if not _has_weights("shapes-wan"):
-        pytest.skip("the weights are not in this checkout")
-    code = """
-import socket, sys
-
-sys.modules.update(dict.fromkeys(["sentencepiece", "ftfy", "google"]))
-
-def no_network(*_, **__):
-    raise OSError("no network in this test")
-
-socket.create_connection = no_network
-import torch
-torch.set_num_threads(1)
+    lines = _run_blocked("""
 from diffctrl.zoo import registry
 from diffctrl.zoo.judge.clips import read_clip
 
@@ -113,13 +94,10 @@ for clip in clips:
     reading = read_clip(clip)
     (seen,) = reading.objects
     print(reading.background, seen.facts.colour, seen.facts.motion, seen.facts.speed, sep=",")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["white,red,moves right,quickly", "navy,green,moves up,slowly"]
+""")
+    assert lines == ["white,red,moves right,quickly", "navy,green,moves up,slowly"]
 
 
-@trained
 def test_the_same_seed_gives_the_same_picture_in_any_batch():
     import torch
 

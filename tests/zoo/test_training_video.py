@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffctrl.scripts import evaluate_zoo_video, train_zoo_video
+from diffctrl.scripts.training_vae import vae_objective
 from diffctrl.scripts.training_video_forward import VideoForward, decode, encode, to_rows
 from diffctrl.scripts.training_video_pack import (
     assemble_video,
@@ -102,6 +103,23 @@ def test_loss_and_gradients_equal_the_stock_forward(parts):
     (out - (noise - latents)).square().mean().backward()
     for mine, value in zip(own, transformer.parameters(), strict=True):
         torch.testing.assert_close(mine, value.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_a_decoder_alone_is_trained_in_the_noise_that_it_is_given():
+    mean, noise = torch.randn(2, 1, 3, 2, 4, 4)
+    log_variance = torch.full_like(mean, 2.0)
+    seen = []
+
+    def decoded(latents):
+        seen.append(latents)
+        return torch.zeros(1, 3, 3, 8, 8)
+
+    samples = torch.zeros(1, 3, 3, 8, 8, dtype=torch.uint8)
+    deviation = torch.tensor([0.1, 0.3])[:, None, None]
+    for given in (deviation, None):
+        vae_objective(lambda _: (mean, log_variance), decoded, deviation=given)(samples, noise)
+    torch.testing.assert_close(seen[0], mean + deviation * noise)
+    torch.testing.assert_close(seen[1], mean + torch.tensor(1.0).exp() * noise)
 
 
 def test_hidden_matrices_of_wan_go_to_muon(parts):
