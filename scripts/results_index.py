@@ -6,6 +6,7 @@ A topic of more than `FOLDED_FROM` figures shows those with a bar, and folds the
 
 Each file is `{"topic", "command", "date", "commit", "device", "versions", "seeds", "figures": [{"name",
 "value", "low", "high", "unit", "bar", "compare", "holds", "note"}]}`; `low` and `high` are a 95 % interval.
+"not_reached", written by hand, says what a run that was cut short has no figures of.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def _section(result: dict[str, Any]) -> str:
         f"seeds: {_plain(result['seeds'])}.",
         "",
     ]
+    if "not_reached" in result:
+        lines += [f"Not reached by this run: {result['not_reached']}.", ""]
     figures = result["figures"]
     if len(figures) <= FOLDED_FROM:
         return "\n".join([*lines, *_table(figures)])

@@ -34,6 +34,10 @@ def test_page_shows_every_figure_and_what_was_missed(tmp_path):
     assert "| share of dense | 0.94 |  | >= 0.93 | yes |  |" in page
     assert "| a\\|b | 3.142 ms | 3 to 3.2 |  |  | one run |" in page
     assert "| missed | 2 |  | <= 1 | **no** | see issue |" in page
+    assert "Not reached" not in page
+    _write(tmp_path, not_reached="the last part")
+    results_index.main(["--folder", str(tmp_path)])
+    assert "Not reached by this run: the last part." in (tmp_path / "README.md").read_text()
 
 
 def test_many_figures_are_folded_behind_those_with_bars(tmp_path):
