@@ -32,6 +32,7 @@ class VaeOptions:
         batch: pictures per step.
         pool: rendered training pictures, 49 kB each on the device.
         learning_rate: peak.
+        kl: weight of the KL term, halved for the last part.
         seed: of weights, scenes and order.
         compile: use torch.compile.
         graph: capture the step.
@@ -43,6 +44,7 @@ class VaeOptions:
     batch: int = 64
     pool: int = 150_000
     learning_rate: float = 1.5e-3
+    kl: float = 1e-3
     seed: int = 0
     compile: bool = True
     graph: bool = True

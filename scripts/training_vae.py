@@ -10,7 +10,8 @@ from .training_loop import Clock, StepRunner, say
 from .training_optimizer import Optimizer, learning_rate_at
 
 _EDGE_WEIGHT = 0.5
-_KL_WEIGHT = 1e-3
+_EMPHASIS = 10.0
+"""How much more than others a pixel near an object counts, where a pool says which ones are."""
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,7 +23,9 @@ def vae_objective(
     channels_last: bool = False,
     deviation: Tensor | None = None,
 ) -> Objective:
-    """The loss terms (4,) float32 - L1, MSE, edges, KL - of bytes (B, ..., H, W) with noise like the latents.
+    """The loss terms (4,) float32 - L1, MSE, edges, KL - of bytes (B, ..., C, H, W) with noise like the latents.
+
+    A fourth channel of the bytes is no colour: it says how much more a pixel counts, 255 for `_EMPHASIS` more.
 
     Args:
         encode: pictures or clips in [-1, 1] to mean and log variance of their latents.
@@ -32,7 +35,7 @@ def vae_objective(
     """
 
     def objective(samples: Tensor, noise: Tensor) -> Tensor:
-        target = samples.float() / 127.5 - 1.0
+        target = samples[..., :3, :, :].float() / 127.5 - 1.0
         if channels_last:
             target = target.contiguous(memory_format=torch.channels_last)
         mean, log_variance = (part.float() for part in encode(target))
@@ -40,8 +43,13 @@ def vae_objective(
         spread = (0.5 * log_variance).exp() if deviation is None else deviation
         difference = decode(mean + spread * noise).float() - target
         kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
-        edges = difference.diff(dim=-2).abs().mean() + difference.diff(dim=-1).abs().mean()
-        return torch.stack([difference.abs().mean(), difference.square().mean(), edges, kl.mean()])
+        absolute, square = difference.abs(), difference.square()
+        down, across = difference.diff(dim=-2).abs(), difference.diff(dim=-1).abs()
+        if samples.shape[-3] > 3:
+            counts = 1.0 + _EMPHASIS / 255 * samples[..., 3:, :, :].float()
+            absolute, square = absolute * counts, square * counts
+            down, across = down * counts[..., 1:, :], across * counts[..., 1:]
+        return torch.stack([absolute.mean(), square.mean(), down.mean() + across.mean(), kl.mean()])
 
     return objective
 
@@ -56,7 +64,7 @@ def run_vae_training(
         pool: (N, ...) uint8.
         objective: of `vae_objective`.
         latent_shape: of one sample.
-        options: of the stage: minutes, batch, learning_rate, compile, graph, smoke.
+        options: of the stage: minutes, batch, learning_rate, kl, compile, graph, smoke.
         since: what the lines of progress count from.
 
     Returns:
@@ -66,7 +74,7 @@ def run_vae_training(
     on_gpu = device.type == "cuda"
     trained = {name: each for name, each in vae.named_parameters() if each.requires_grad}
     optimizer = Optimizer(trained, kind="adamw")
-    weights = torch.tensor([1.0, 1.0, _EDGE_WEIGHT, _KL_WEIGHT], device=device)
+    weights = torch.tensor([1.0, 1.0, _EDGE_WEIGHT, options.kl], device=device)
     totals = torch.zeros(4, device=device)
     clock = Clock(options.minutes * 60)
     if options.compile and on_gpu:
@@ -94,7 +102,7 @@ def run_vae_training(
         warmup = 4 if options.smoke else 200
         rate = learning_rate_at(clock.fraction, done, peak=options.learning_rate, warmup_steps=warmup)
         optimizer.set_learning_rate(rate)
-        weights[3] = _KL_WEIGHT * (1.0 if clock.fraction < 0.7 else 0.5)
+        weights[3] = options.kl * (1.0 if clock.fraction < 0.7 else 0.5)
         runner.run(chunk)
         done += chunk
         values = totals.tolist()  # waits for the chunk, so the clock is true

@@ -183,7 +183,7 @@ def encoded_rows(vae: Any, scenes: clips.Clips, *, device: torch.device, size: i
     )
     rows: Tensor | None = None
     start = 0
-    for videos in rendered(scenes, device=device, size=size):
+    for videos, _ in rendered(scenes, device=device, size=size):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean = encode(vae, videos * 2 - 1)[0].float().transpose(1, 2)
         part = to_rows((mean - shift) / scale).half()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffctrl.scripts import evaluate_zoo_video, train_zoo_video
+from diffctrl.scripts import evaluate_zoo_video, train_zoo_video, training_video_vae
 from diffctrl.scripts.training_vae import vae_objective
 from diffctrl.scripts.training_video_forward import VideoForward, decode, encode, to_rows
 from diffctrl.scripts.training_video_pack import (
@@ -16,7 +16,7 @@ from diffctrl.scripts.training_video_pack import (
     read_video_pack,
     write_video_pack,
 )
-from diffctrl.scripts.training_video_vae import VideoVaeOptions
+from diffctrl.scripts.training_video_vae import VideoVaeOptions, near, rendered, round_trips
 from diffctrl.zoo import clips
 from diffctrl.zoo.video import VideoSize, caption_ids, video_parts, video_pipeline, video_vae
 
@@ -120,6 +120,61 @@ def test_a_decoder_alone_is_trained_in_the_noise_that_it_is_given():
         vae_objective(lambda _: (mean, log_variance), decoded, deviation=given)(samples, noise)
     torch.testing.assert_close(seen[0], mean + deviation * noise)
     torch.testing.assert_close(seen[1], mean + torch.tensor(1.0).exp() * noise)
+
+
+def test_what_is_near_an_object_counts_more_in_every_term_but_the_latents():
+    zero = torch.zeros(1, 3, 3, 2, 4, 4)
+    samples = torch.full((1, 3, 4, 8, 8), 128, dtype=torch.uint8)
+    samples[:, :, 3] = 0
+    samples[:, :, 3, :, 4:] = 255  # the right half
+    error = torch.zeros(1, 3, 3, 8, 8)
+
+    def parts(pool):
+        target = pool[:, :, :3].float() / 127.5 - 1
+        objective = vae_objective(lambda _: (zero[:, 0], zero[:, 1]), lambda _: target + error)
+        return objective(pool, zero[:, 2]).tolist()
+
+    for columns, times in ((slice(1, 3), 1), (slice(5, 7), 11)):
+        error.zero_()[..., columns] = 0.5
+        plain, counted = parts(samples[:, :, :3]), parts(samples)
+        assert plain == pytest.approx([0.125, 0.0625, 2 * 0.5 / 7, 0.0])
+        assert counted == pytest.approx([times * value for value in plain])
+    error.zero_()[..., 3, :] = 0.5  # an edge across: half of its length counts more
+    assert parts(samples)[2] == pytest.approx(6 * parts(samples[:, :, :3])[2])
+
+
+def test_near_an_object_is_two_pixels_around_what_can_be_seen_of_it():
+    scenes = clips.sample(3, seed=3, forms=("wall",))
+    ((images, cover),) = rendered(scenes, device=torch.device("cpu"), size=64)
+    frames, masks = clips.render(scenes, 64)
+    assert torch.equal(images, frames)
+    torch.testing.assert_close(cover[:, :, 0], masks.sum(2).clamp(0, 1))
+    assert (cover.flatten(2).amax(2) == 0).any()  # behind the wall there is nothing to see
+    one = torch.zeros(1, 2, 1, 9, 9)
+    one[0, 1, 0, 4, 2] = 0.5
+    wanted = torch.zeros_like(one)
+    wanted[0, 1, 0, 2:7, 0:5] = 0.5
+    assert torch.equal(near(one), wanted)
+
+
+@torch.no_grad()
+def test_round_trips_are_measured_where_the_objects_are():
+    scenes = clips.sample(2, seed=3)
+    images, masks = clips.render(scenes, 64)
+    cover = masks.sum(2, keepdim=True).clamp(0, 1)
+    wrong = (near(cover) > 0) & (images < 0.8)
+    back = images + 0.1 * wrong
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_video_vae, "encode", lambda _, x: (x[:, :, :1], None))
+        patch.setattr(training_video_vae, "decode", lambda *_: back * 2 - 1)
+        trip = round_trips(None, iter([(images, cover)]))
+    assert torch.equal(trip.decoded, back)
+    for row in range(2):
+        error = (wrong[row] * 0.01).mean(1, keepdim=True)
+        at = near(cover)[row]
+        assert trip.decibels[row].item() == pytest.approx(-10 * error.mean().log10().item(), rel=1e-4)
+        local = (error * at).sum() / at.sum()
+        assert trip.at_objects[row].item() == pytest.approx(-10 * local.log10().item(), rel=1e-4)
 
 
 def test_hidden_matrices_of_wan_go_to_muon(parts):
