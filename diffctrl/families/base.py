@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from diffctrl.families.rotary import normed, normed_and_rotated
+
 SiteKind = Literal["joint", "self", "cross", "text"]
 
 
@@ -337,22 +339,16 @@ def to_heads(attn: nn.Module, states: Tensor) -> Tensor:
     return states.unflatten(-1, (attn.heads, -1))
 
 
-def normed(norm: nn.Module | None, states: Tensor) -> Tensor:
-    """The states through a norm that some models of a family lack."""
-    return states if norm is None else norm(states)
+def projections(attn: nn.Module, states: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed queries, keys and values of the main stream: (B, S, C) -> three (B, S, H, D).
 
-
-def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring channel pairs, in float32; cos and sin broadcast to the states."""
-    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (states.float() * cos + turned.float() * sin).to(states.dtype)
-
-
-def projections(attn: nn.Module, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed queries, keys and values of the main stream: (B, S, C) -> three (B, S, H, D)."""
+    Tables cos and sin, (1, R, H or 1, D), turn positions into the first R tokens' queries and keys.
+    """
     query, key, value = (to_heads(attn, layer(states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
-    return normed(attn.norm_q, query), normed(attn.norm_k, key), value
+    query, key = (
+        normed_and_rotated(norm, part, *tables) for norm, part in ((attn.norm_q, query), (attn.norm_k, key))
+    )
+    return query, key, value
 
 
 def text_projections(attn: nn.Module, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,14 +22,13 @@ from diffctrl.families.base import (
     Place,
     Route,
     Span,
-    normed,
     output_layer,
-    rotated,
     split_name,
     to_heads,
 )
 from diffctrl.families.parallel import video_plan
 from diffctrl.families.plain import kernel_mask
+from diffctrl.families.rotary import normed, normed_and_rotated
 
 
 def _assemble(attn: nn.Module, inputs: Inputs, qkv: tuple[Tensor, ...], mask_length: int) -> Call:
@@ -38,9 +37,7 @@ def _assemble(attn: nn.Module, inputs: Inputs, qkv: tuple[Tensor, ...], mask_len
     text = inputs.encoder_hidden_states.shape[1]
     if inputs.image_rotary_emb is not None:
         cos, sin = (part[None, :, None, :].to(query.device) for part in inputs.image_rotary_emb)
-        query, key = (
-            torch.cat([part[:, :text], rotated(part[:, text:], cos, sin)], dim=1) for part in (query, key)
-        )
+        query, key = (normed_and_rotated(None, part, cos, sin, first=text) for part in (query, key))
     return Call(
         query,
         key,

@@ -27,40 +27,54 @@ from diffctrl.families.base import (
     lattice,
     output_layer,
     read_once,
-    rotated,
     split_name,
 )
+from diffctrl.families.rotary import normed_and_rotated
 
 
-def _projections(attn: nn.Module, states: Tensor) -> list[Tensor]:
+def _tables(inputs: Inputs) -> list[Tensor]:
+    """Cosines and sines (1, S, 1, D) of all tokens, text first; none where the model turns nothing."""
+    device = inputs.hidden_states.device
+    return [part[None, :, None, :].to(device) for part in inputs.image_rotary_emb or ()]
+
+
+def _projections(attn: nn.Module, states: Tensor, *tables: Tensor) -> list[Tensor]:
     if attn.fused_projections:
         parts = attn.to_qkv(states).chunk(3, dim=-1)
     else:
         parts = attn.to_q(states), attn.to_k(states), attn.to_v(states)
     query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
-    return [attn.norm_q(query), attn.norm_k(key), value]
+    return [
+        normed_and_rotated(attn.norm_q, query, *tables),
+        normed_and_rotated(attn.norm_k, key, *tables),
+        value,
+    ]
 
 
-def _text_projections(attn: nn.Module, text: Tensor) -> list[Tensor]:
+def _text_projections(attn: nn.Module, text: Tensor, *tables: Tensor) -> list[Tensor]:
     if attn.fused_projections:
         parts = attn.to_added_qkv(text).chunk(3, dim=-1)
     else:
         parts = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
     query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in parts)
-    return [attn.norm_added_q(query), attn.norm_added_k(key), value]
+    return [
+        normed_and_rotated(attn.norm_added_q, query, *tables),
+        normed_and_rotated(attn.norm_added_k, key, *tables),
+        value,
+    ]
 
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
-    streams, text = _projections(attn, inputs.hidden_states), inputs.encoder_hidden_states
+    states, text, tables = inputs.hidden_states, inputs.encoder_hidden_states, _tables(inputs)
     split = text is not None
-    if split:
-        text_streams = _text_projections(attn, text)
-        streams = [torch.cat(pair, dim=1) for pair in zip(text_streams, streams, strict=True)]
-    query, key, value = streams
-    if inputs.image_rotary_emb is not None:
-        cos, sin = (part[None, :, None, :].to(query.device) for part in inputs.image_rotary_emb)
-        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
     text_length = text.shape[1] if split else inputs.text_length
+    if split:
+        text_streams = _text_projections(attn, text, *(table[:, :text_length] for table in tables))
+        streams = _projections(attn, states, *(table[:, text_length:] for table in tables))
+        streams = [torch.cat(pair, dim=1) for pair in zip(text_streams, streams, strict=True)]
+    else:
+        streams = _projections(attn, states, *tables)
+    query, key, value = streams
     return Call(
         query,
         key,

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from diffctrl.families.base import Call, Family, Inputs, Place, output_layer, rotated, split_name
+from diffctrl.families.base import Call, Family, Inputs, Place, output_layer, split_name
 
 
-def turned(inputs: Inputs, *states: Tensor) -> tuple[Tensor, ...]:
-    """States (B, S, H, D) with positions turned into their video tokens; text, behind them, has none."""
+def tables(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Cosines and sines (1, S, 1, D) of the video tokens, if any; text, behind them, has no positions."""
     if inputs.image_rotary_emb is None:
-        return states
-    cos, sin = (part[None, :, None, :].to(states[0].device) for part in inputs.image_rotary_emb)
-    video = cos.shape[1]
-    return tuple(
-        rotated(part, cos, sin)
-        if part.shape[1] == video
-        else torch.cat([rotated(part[:, :video], cos, sin), part[:, video:]], dim=1)
-        for part in states
-    )
+        return ()
+    return tuple(part[None, :, None, :].to(inputs.hidden_states.device) for part in inputs.image_rotary_emb)
 
 
 def finish(attn: nn.Module, call: Call, output: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from diffctrl.families.base import (
     row_lengths,
     text_projections,
 )
-from diffctrl.families.hunyuan import HunyuanFamily, finish, token_grid, turned
+from diffctrl.families.hunyuan import HunyuanFamily, finish, tables, token_grid
 from diffctrl.families.parallel import video_plan
 from diffctrl.families.plain import PLAIN
 
@@ -32,8 +32,8 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
     states, text = inputs.hidden_states, inputs.encoder_hidden_states
     video = states.shape[1]
     shared = attn.add_q_proj is None  # a single block: one projection for both streams
-    query, key, value = projections(attn, torch.cat([states, text], dim=1) if shared else states)
-    query, key = turned(inputs, query, key)
+    both = torch.cat([states, text], dim=1) if shared else states
+    query, key, value = projections(attn, both, *tables(inputs))
     if not shared:
         added = text_projections(attn, text)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), added, strict=True))

@@ -24,15 +24,14 @@ from diffctrl.families.base import (
     row_lengths,
     text_projections,
 )
-from diffctrl.families.hunyuan import HunyuanFamily, finish, token_grid, turned
+from diffctrl.families.hunyuan import HunyuanFamily, finish, tables, token_grid
 from diffctrl.families.parallel import video_plan
 from diffctrl.families.plain import PLAIN
 
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
-    query, key, value = projections(attn, inputs.hidden_states)
+    query, key, value = projections(attn, inputs.hidden_states, *tables(inputs))
     video = query.shape[1]
-    query, key = turned(inputs, query, key)
     added = text_projections(attn, inputs.encoder_hidden_states)
     query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), added, strict=True))
     valid = inputs.attention_mask.bool()  # (B, T), valid text first

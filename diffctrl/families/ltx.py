@@ -23,25 +23,28 @@ from diffctrl.families.base import (
     lattice,
     output_layer,
     read_once,
-    rotated,
     row_lengths,
     split_name,
     to_heads,
 )
 from diffctrl.families.plain import kernel_mask
+from diffctrl.families.rotary import normed_and_rotated
 
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
     states, context = inputs.hidden_states, inputs.encoder_hidden_states
     context = states if context is None else context
-    query, key, value = attn.to_q(states), attn.to_k(context), attn.to_v(context)
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    if inputs.image_rotary_emb is not None:
-        query, key = rotated(query, *inputs.image_rotary_emb), rotated(key, *inputs.image_rotary_emb)
+    projected = attn.to_q(states), attn.to_k(context), attn.to_v(context)
+    query, key, value = (to_heads(attn, part) for part in projected)
+    tables = [to_heads(attn, part) for part in inputs.image_rotary_emb or ()]  # across heads, as the norms
+    query, key = (
+        normed_and_rotated(norm, part, *tables, across_heads=True)
+        for norm, part in ((attn.norm_q, query), (attn.norm_k, key))
+    )
     return Call(
-        to_heads(attn, query),
-        to_heads(attn, key),
-        to_heads(attn, value),
+        query,
+        key,
+        value,
         kernel_mask(attn, inputs.attention_mask, context.shape[1], query.shape[0]),
         image=Span(0, query.shape[1]),
         text=None,

@@ -22,7 +22,6 @@ from diffctrl.families.base import (
     Span,
     output_layer,
     projections,
-    rotated,
     row_lengths,
     split_name,
     text_projections,
@@ -31,11 +30,10 @@ from diffctrl.families.parallel import video_plan
 
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
-    query, key, value = projections(attn, inputs.hidden_states)
+    halves = inputs.image_rotary_emb or ()  # (S, H, D / 2), one angle for both channels of a pair
+    tables = (part[None].repeat_interleave(2, dim=-1) for part in halves)
+    query, key, value = projections(attn, inputs.hidden_states, *tables)
     video = query.shape[1]
-    if inputs.image_rotary_emb is not None:
-        cos, sin = (part.repeat_interleave(2, dim=-1) for part in inputs.image_rotary_emb)
-        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
 
     valid = inputs.attention_mask.bool()  # (B, T)
     # Valid tokens move to the front, where the stock processor leaves their outputs.

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffctrl.families.base import Call, Inputs, Route, Span, normed, output_layer, to_heads
+from diffctrl.families.base import Call, Inputs, Route, Span, output_layer, to_heads
+from diffctrl.families.rotary import normed
 
 
 def kernel_mask(attn: nn.Module, mask: Tensor | None, length: int, batch: int) -> Tensor | None:

@@ -25,13 +25,13 @@ from diffctrl.families.base import (
     Place,
     Route,
     Span,
-    normed,
     output_layer,
     projections,
     split_name,
     text_projections,
     to_heads,
 )
+from diffctrl.families.rotary import normed
 
 
 def _assemble(image_qkv: tuple[Tensor, ...], text_qkv: tuple[Tensor, ...] | None) -> Call:

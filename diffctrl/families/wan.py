@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
     WanAttnProcessor,
@@ -25,12 +24,14 @@ from diffctrl.families.base import (
     split_name,
     to_heads,
 )
+from diffctrl.families.rotary import normed_and_rotated
 
 # The text encoder's padded length, which the stock processor relies on to tell image from text tokens.
 _TEXT_TOKENS = 512
 
 
 def _projections(attn: nn.Module, states: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, S, H, D), without their norms."""
     if not attn.fused_projections:
         query, key, value = attn.to_q(states), attn.to_k(context), attn.to_v(context)
     elif attn.is_cross_attention:
@@ -38,7 +39,6 @@ def _projections(attn: nn.Module, states: Tensor, context: Tensor) -> tuple[Tens
         key, value = attn.to_kv(context).chunk(2, dim=-1)
     else:
         query, key, value = attn.to_qkv(states).chunk(3, dim=-1)
-    query, key = attn.norm_q(query), attn.norm_k(key)  # across heads, hence before they are split
     return to_heads(attn, query), to_heads(attn, key), to_heads(attn, value)
 
 
@@ -47,14 +47,8 @@ def _image_branch(attn: nn.Module, query: Tensor, tokens: Tensor) -> tuple[Tenso
         key, value = attn.to_added_kv(tokens).chunk(2, dim=-1)
     else:
         key, value = attn.add_k_proj(tokens), attn.add_v_proj(tokens)
-    return query, to_heads(attn, attn.norm_added_k(key)), to_heads(attn, value)
-
-
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the dtype that the states and the tables promote to, as the stock model has it."""
-    even, odd = states.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(states)
+    key = normed_and_rotated(attn.norm_added_k, to_heads(attn, key), across_heads=True)
+    return query, key, to_heads(attn, value)
 
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
@@ -64,8 +58,11 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
         count = context.shape[1] - _TEXT_TOKENS
         image_tokens, context = context[:, :count], context[:, count:]
     query, key, value = _projections(attn, states, states if context is None else context)
-    if inputs.image_rotary_emb is not None:
-        query, key = _rotated(query, *inputs.image_rotary_emb), _rotated(key, *inputs.image_rotary_emb)
+    tables = inputs.image_rotary_emb or ()
+    query, key = (
+        normed_and_rotated(norm, part, *tables, across_heads=True, pairs=True)
+        for norm, part in ((attn.norm_q, query), (attn.norm_k, key))
+    )
     added = () if image_tokens is None else (_image_branch(attn, query, image_tokens),)
     return Call(
         query,
