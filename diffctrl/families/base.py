@@ -339,14 +339,17 @@ def to_heads(attn: nn.Module, states: Tensor) -> Tensor:
     return states.unflatten(-1, (attn.heads, -1))
 
 
-def projections(attn: nn.Module, states: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def projections(
+    attn: nn.Module, states: Tensor, *tables: Tensor, stop: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normed queries, keys and values of the main stream: (B, S, C) -> three (B, S, H, D).
 
-    Tables cos and sin, (1, R, H or 1, D), turn positions into the first R tokens' queries and keys.
+    Tables cos and sin, (1, stop, H or 1, D), turn positions into the queries and keys before `stop`, or all.
     """
     query, key, value = (to_heads(attn, layer(states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
     query, key = (
-        normed_and_rotated(norm, part, *tables) for norm, part in ((attn.norm_q, query), (attn.norm_k, key))
+        normed_and_rotated(norm, part, *tables, stop=stop)
+        for norm, part in ((attn.norm_q, query), (attn.norm_k, key))
     )
     return query, key, value
 

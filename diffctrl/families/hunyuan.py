@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffctrl.families.base import Call, Family, Inputs, Place, output_layer, split_name
+from diffctrl.families.base import Call, Family, Inputs, Place, output_layer, projections, split_name
 
 
-def tables(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Cosines and sines (1, S, 1, D) of the video tokens, if any; text, behind them, has no positions."""
+def turned_projections(attn: nn.Module, inputs: Inputs, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`projections` with positions turned into the video tokens; text, behind them, has none."""
     if inputs.image_rotary_emb is None:
-        return ()
-    return tuple(part[None, :, None, :].to(inputs.hidden_states.device) for part in inputs.image_rotary_emb)
+        return projections(attn, states)
+    cos, sin = (part[None, :, None, :].to(states.device) for part in inputs.image_rotary_emb)
+    return projections(attn, states, cos, sin, stop=cos.shape[1])
 
 
 def finish(attn: nn.Module, call: Call, output: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,10 @@ from diffctrl.families.base import (
     Inputs,
     Route,
     Span,
-    projections,
     row_lengths,
     text_projections,
 )
-from diffctrl.families.hunyuan import HunyuanFamily, finish, tables, token_grid
+from diffctrl.families.hunyuan import HunyuanFamily, finish, token_grid, turned_projections
 from diffctrl.families.parallel import video_plan
 from diffctrl.families.plain import PLAIN
 
@@ -33,7 +32,7 @@ def _project(attn: nn.Module, inputs: Inputs) -> Call:
     video = states.shape[1]
     shared = attn.add_q_proj is None  # a single block: one projection for both streams
     both = torch.cat([states, text], dim=1) if shared else states
-    query, key, value = projections(attn, both, *tables(inputs))
+    query, key, value = turned_projections(attn, inputs, both)
     if not shared:
         added = text_projections(attn, text)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), added, strict=True))

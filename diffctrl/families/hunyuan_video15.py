@@ -19,18 +19,17 @@ from diffctrl.families.base import (
     Inputs,
     Route,
     Span,
-    projections,
     read_once,
     row_lengths,
     text_projections,
 )
-from diffctrl.families.hunyuan import HunyuanFamily, finish, tables, token_grid
+from diffctrl.families.hunyuan import HunyuanFamily, finish, token_grid, turned_projections
 from diffctrl.families.parallel import video_plan
 from diffctrl.families.plain import PLAIN
 
 
 def _project(attn: nn.Module, inputs: Inputs) -> Call:
-    query, key, value = projections(attn, inputs.hidden_states, *tables(inputs))
+    query, key, value = turned_projections(attn, inputs, inputs.hidden_states)
     video = query.shape[1]
     added = text_projections(attn, inputs.encoder_hidden_states)
     query, key, value = (torch.cat(pair, dim=1) for pair in zip((query, key, value), added, strict=True))

@@ -90,6 +90,7 @@ def normed_and_rotated(
     sin: Tensor | None = None,
     *,
     first: int = 0,
+    stop: int | None = None,
     across_heads: bool = False,
     pairs: bool = False,
 ) -> Tensor:
@@ -102,17 +103,20 @@ def normed_and_rotated(
     Args:
         norm: the norm's module, or None.
         states: (B, S, H, D).
-        cos, sin: (B or 1, R, H or 1, D), the tables of the tokens `first` to `first + R`; None for no rotary
-            embedding. The other tokens keep their values.
-        first: the first token that is turned.
+        cos, sin: (B or 1, stop - first, H or 1, D), the tables of the tokens that are turned; None for no
+            rotary embedding. The other tokens keep their values.
+        first, stop: the range of tokens that is turned; without `stop` to the end.
         across_heads: whether the norm gets (B, S, H * D) instead of (B, S, H, D).
         pairs: whether both channels of a pair take the even one's cosine and the odd one's sine, in the dtype
             that states and tables promote to (Wan); else each channel has its own, in float32.
 
     Returns:
         (B, S, H, D) in the dtype that the norm gives.
+
+    Raises:
+        RuntimeError: the tables are not of as many tokens as the range.
     """
-    if why_not(norm, states, cos, sin, first=first, across_heads=across_heads) is None:
+    if why_not(norm, states, cos, sin, first=first, stop=stop, across_heads=across_heads) is None:
         form = Form(str(states.device), states.dtype, states.shape[2], states.shape[3])
         if norm is not None:
             weighted = norm.weight is not None
@@ -121,10 +125,7 @@ def normed_and_rotated(
             form = replace(form, rotary=True, pairs=pairs, per_head=cos.shape[2] > 1)
         if refused(form) is None:
             return fused(form, norm, states, cos, sin, first)
-    return plain(norm, states, cos, sin, first=first, across_heads=across_heads, pairs=pairs)
-
-
-# --- in plain torch -----------------------------------------------------------------------------------------
+    return plain(norm, states, cos, sin, first=first, stop=stop, across_heads=across_heads, pairs=pairs)
 
 
 def plain(
@@ -134,6 +135,7 @@ def plain(
     sin: Tensor | None = None,
     *,
     first: int = 0,
+    stop: int | None = None,
     across_heads: bool = False,
     pairs: bool = False,
 ) -> Tensor:
@@ -144,9 +146,10 @@ def plain(
         states = norm(states)
     if cos is None or sin is None:
         return states
-    turn, stop = rotated_pairs if pairs else rotated, first + cos.shape[1]
-    if first == 0 and stop == states.shape[1]:
+    turn = rotated_pairs if pairs else rotated
+    if first == 0 and (stop is None or stop == states.shape[1]):
         return turn(states, cos, sin)
+    stop = states.shape[1] if stop is None else stop
     parts = states[:, :first], turn(states[:, first:stop], cos, sin), states[:, stop:]
     return torch.cat([part for part in parts if part.shape[1]], dim=1)
 
@@ -175,6 +178,7 @@ def why_not(
     sin: Tensor | None = None,
     *,
     first: int = 0,
+    stop: int | None = None,
     across_heads: bool = False,
 ) -> str | None:
     """None where the kernel can take this call, else the reason; without the self-test. Arguments as of
@@ -188,7 +192,7 @@ def why_not(
         _why_not_here(states)
         or _why_not_states(states)
         or (None if norm is None else _why_not_norm(norm, states, across_heads))
-        or (None if cos is None or sin is None else _why_not_tables(states, cos, sin, first))
+        or (None if cos is None or sin is None else _why_not_tables(states, cos, sin, first, stop))
         or _why_not_gradients(states, cos, sin, None if norm is None else norm.weight)
     )
 
@@ -252,7 +256,7 @@ def _why_not_norm(norm: nn.Module, states: Tensor, across_heads: bool) -> str | 
     return None if weight.data_ptr() % 16 == 0 else "reads 16 bytes of the weight at a time"
 
 
-def _why_not_tables(states: Tensor, cos: Tensor, sin: Tensor, first: int) -> str | None:
+def _why_not_tables(states: Tensor, cos: Tensor, sin: Tensor, first: int, stop: int | None) -> str | None:
     batch, tokens, heads, dim = states.shape
     for table in (cos, sin):
         if type(table) is not Tensor or table.dtype != torch.float32 or table.device != states.device:
@@ -262,7 +266,8 @@ def _why_not_tables(states: Tensor, cos: Tensor, sin: Tensor, first: int) -> str
         if not _aligned(table):
             return "reads 16 bytes of the tables at a time"
     b, count, h, d = cos.shape
-    if b not in (1, batch) or h not in (1, heads) or d != dim or not (count and 0 <= first <= tokens - count):
+    fits = 0 <= first < first + count <= tokens and first + count == (tokens if stop is None else stop)
+    if b not in (1, batch) or h not in (1, heads) or d != dim or not fits:
         return f"has no place for tables {tuple(cos.shape)} from token {first} of {tuple(states.shape)}"
     return None
 
@@ -300,9 +305,6 @@ def _arch(device: torch.device) -> int:
 def _arch_of(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return major * 10 + minor
-
-
-# --- the kernel ---------------------------------------------------------------------------------------------
 
 
 def fused(
@@ -374,7 +376,8 @@ def _tested(form: Form) -> str | None:
         shape = 1, 3, form.heads if form.per_head else 1, form.dim
         tables = draw(*shape, dtype=torch.float32), draw(*shape, dtype=torch.float32)
     got = fused(form, norm, states, *tables, first)
-    expected = plain(norm, states, *tables, first=first, across_heads=form.across_heads, pairs=form.pairs)
+    across, pairs = form.across_heads, form.pairs
+    expected = plain(norm, states, *tables, first=first, stop=5, across_heads=across, pairs=pairs)
     return difference(got, expected)
 
 

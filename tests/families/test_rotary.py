@@ -110,7 +110,7 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 
 def test_plain_turns_a_range_and_leaves_the_rest() -> None:
     states, cos, sin = draw(2, 7, 3, 8, dtype=torch.bfloat16), draw(1, 4, 1, 8), draw(1, 4, 1, 8, seed=1)
-    got = plain(None, states, cos, sin, first=2)
+    got = plain(None, states, cos, sin, first=2, stop=6)
     assert torch.equal(got[:, :2], states[:, :2])
     assert torch.equal(got[:, 6:], states[:, 6:])
     for channel in range(0, 8, 2):
@@ -119,6 +119,12 @@ def test_plain_turns_a_range_and_leaves_the_rest() -> None:
         other = odd * cos[..., channel + 1] + even * sin[..., channel + 1]
         assert torch.equal(got[:, 2:6, :, channel], one.bfloat16())
         assert torch.equal(got[:, 2:6, :, channel + 1], other.bfloat16())
+
+
+@pytest.mark.parametrize("stop", [None, 6])
+def test_tables_of_fewer_tokens_than_the_range_never_turn_a_part_of_it(stop: int | None) -> None:
+    with pytest.raises(RuntimeError, match="must match"):
+        normed_and_rotated(None, draw(1, 7, 2, 8), TABLE, TABLE, stop=stop)
 
 
 def test_plain_norms_all_heads_as_one_row() -> None:
@@ -168,6 +174,7 @@ def calls(choose: st.DrawFn) -> dict[str, Any]:
         shape = choose(st.sampled_from((1, batch))), count, choose(st.sampled_from((1, heads))), dim
         call |= {"cos": draw(*shape, seed=1), "sin": draw(*shape, seed=2), "pairs": choose(st.booleans())}
         call["first"] = choose(st.integers(0, tokens - count))
+        call["stop"] = call["first"] + count
     return call
 
 
@@ -186,7 +193,7 @@ def test_arithmetic(used: list[Form], call: dict[str, Any]) -> None:
 def test_tokens_outside_of_the_range_keep_their_bits(used: list[Form]) -> None:
     states = draw(1, 6, 3, 8)
     states[:, 0], states[:, 5] = -0.0, float("inf")
-    got = normed_and_rotated(None, states, draw(1, 3, 1, 8), draw(1, 3, 1, 8, seed=1), first=2)
+    got = normed_and_rotated(None, states, draw(1, 3, 1, 8), draw(1, 3, 1, 8, seed=1), first=2, stop=5)
     for token in (0, 1, 5):
         assert torch.equal(got[:, token].view(torch.int32), states[:, token].view(torch.int32))
     assert used
@@ -243,15 +250,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "tables of two shapes": ("same shape", {"sin": draw(1, 4, 2, 8)}),
     "tables without heads": ("same shape", {"cos": TABLE[0], "sin": TABLE[0]}),
     "tables at odd places": ("16 bytes", dict.fromkeys(("cos", "sin"), draw(1, 4, 1, 9)[..., :8])),
-    "a range that ends too late": ("no place", {"first": 2}),
-    "a range that starts too early": ("no place", {"first": -1}),
+    "a range that ends too late": ("no place", {"first": 2, "stop": 6}),
+    "a range longer than its tables": ("no place", {"stop": None}),
+    "a range that starts too early": ("no place", {"first": -1, "stop": 3}),
     "tables of other heads": ("no place", dict.fromkeys(("cos", "sin"), draw(1, 4, 3, 8))),
     "tables of another head dim": ("no place", dict.fromkeys(("cos", "sin"), draw(1, 4, 1, 16))),
 }
 
 
 def asked(**change: Any) -> str | None:
-    call = {"norm": weighted(RMSNorm, 8), "states": draw(1, 5, 2, 8), "cos": TABLE, "sin": TABLE}
+    call = {"norm": weighted(RMSNorm, 8), "states": draw(1, 5, 2, 8), "cos": TABLE, "sin": TABLE, "stop": 4}
     return why_not(**(call | change))  # type: ignore[arg-type]
 
 
@@ -545,7 +553,7 @@ def test_real_sizes(name: str, dtype: torch.dtype, used: list[Form]) -> None:
     kept, tables = states.clone(), {}
     if form.rotary:
         angles = draw(1, tokens - 77, form.heads if form.per_head else 1, form.dim, device="cuda")
-        tables = {"cos": angles.cos(), "sin": angles.sin(), "first": 50}
+        tables = {"cos": angles.cos(), "sin": angles.sin(), "first": 50, "stop": tokens - 27}
     call = {"across_heads": form.across_heads, "pairs": form.pairs, **tables}
     got = normed_and_rotated(norm, states, **call)
     assert len(used) == 1
@@ -609,11 +617,11 @@ def test_a_captured_graph_replays(used: list[Form]) -> None:
     norm = weighted(RMSNorm, 128, BF16, "cuda")
     states, angles = draw(1, 300, 24, 128, dtype=BF16, device="cuda"), draw(1, 290, 1, 128, device="cuda")
     tables = angles.cos(), angles.sin()
-    expected = normed_and_rotated(norm, states, *tables)
+    expected = normed_and_rotated(norm, states, *tables, stop=290)
     assert len(used) == 1
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = normed_and_rotated(norm, states, *tables)
+        got = normed_and_rotated(norm, states, *tables, stop=290)
     assert len(used) == 2
     got.zero_()
     graph.replay()
