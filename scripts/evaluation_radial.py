@@ -145,7 +145,7 @@ class Compared(Drawn):
 
     Attributes:
         psnr: of each clip to the dense one of the same caption and noise, in dB; empty for dense attention.
-        clips: (T, 3, H, W) uint8 each; all of the dense ones, of the others the first.
+        clips: (T, 3, H, W) uint8 each; all of the dense ones, of the others the first batch.
     """
 
     psnr: list[float] = field(default_factory=list)
@@ -176,7 +176,7 @@ class PairedStudio(Studio):
                 drawn.clips += videos
                 if dense is not None:
                     drawn.psnr += decibels(videos, dense.clips[part])
-                    del drawn.clips[1:]
+                    del drawn.clips[self.batch :]
                 print(f"  {contender.name}: {len(jobs)} of {len(suite.captions)}", flush=True)
             if control is not None:
                 (stats,) = control.stats().values()

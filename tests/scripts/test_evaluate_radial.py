@@ -277,3 +277,10 @@ def test_without_weights_it_says_what_to_do(
     with pytest.raises(SystemExit):
         evaluate_radial.main([])
     assert "scripts/train_zoo_video.py trains" in capsys.readouterr().err
+
+
+def test_the_picture_shows_the_first_clip_in_which_something_is_hidden() -> None:
+    suite = video_suite(16, seed=65_000)
+    hidden = [index for index, facts in enumerate(suite.facts) if "behind" in str(facts.objects[0].motion)]
+    assert evaluate_radial._telling(suite, 16) == hidden[0] > 0
+    assert evaluate_radial._telling(suite, hidden[0]) == 0
