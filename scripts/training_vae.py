@@ -23,9 +23,9 @@ def vae_objective(
     channels_last: bool = False,
     deviation: Tensor | None = None,
 ) -> Objective:
-    """The loss terms (4,) float32 - L1, MSE, edges, KL - of bytes (B, ..., C, H, W) with noise like the latents.
+    """The loss terms (4,) float32 - L1, MSE, edges, KL - of bytes (B, ..., C, H, W), with noise like the latents.
 
-    A fourth channel of the bytes is no colour: it says how much more a pixel counts, 255 for `_EMPHASIS` more.
+    A fourth channel of the bytes is no colour: it says how much more a pixel counts, 255 for `_EMPHASIS`.
 
     Args:
         encode: pictures or clips in [-1, 1] to mean and log variance of their latents.

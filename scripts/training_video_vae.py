@@ -98,7 +98,7 @@ def rendered(
 
 
 def near(cover: Tensor) -> Tensor:
-    """(b, T, 1, H, W) in [0, 1], the cover and two pixels around it: where the edges are that make a shape."""
+    """(b, T, 1, H, W) in [0, 1], the cover and two pixels around it: where the edges of a shape are."""
     return F.max_pool2d(cover.flatten(0, 1), 5, stride=1, padding=2).unflatten(0, cover.shape[:2])
 
 
@@ -193,8 +193,8 @@ def _finish(
         f"autoencoder: PSNR {facts['psnr_mean_db']:.2f} dB mean, {facts['psnr_5th_percentile_db']:.2f} dB "
         f"5th percentile on {facts['psnr_clips']} unseen clips (bar 30 dB), "
         f"{facts['psnr_mean_db_at_objects']:.2f} dB at objects; "
-        f"{facts[f'psnr_mean_db_of_{LONG_FRAMES}_frames']:.2f} dB on clips of {LONG_FRAMES} frames; the judge "
-        f"reads back {facts['shapes_read_back_percent']:.1f} % of {len(shapes)} shapes",
+        f"{facts[f'psnr_mean_db_of_{LONG_FRAMES}_frames']:.2f} dB on clips of {LONG_FRAMES} frames; the "
+        f"judge reads back {facts['shapes_read_back_percent']:.1f} % of {len(shapes)} shapes",
         since=since,
     )
     return facts
