@@ -23,7 +23,7 @@ def vae_objective(
     channels_last: bool = False,
     deviation: Tensor | None = None,
 ) -> Objective:
-    """The loss terms (4,) float32 - L1, MSE, edges, KL - of bytes (B, ..., C, H, W), with noise like the latents.
+    """The loss terms (4,) float32 - L1, MSE, edges, KL - of bytes (B, ..., C, H, W); noise as the latents.
 
     A fourth channel of the bytes is no colour: it says how much more a pixel counts, 255 for `_EMPHASIS`.
 
