@@ -204,8 +204,8 @@ def _comparison(suite: str, block: int, other: str, radial: Compared, rival: Com
 
 
 def _telling(suite: VideoSuite, batch: int) -> int:
-    """The first clip of a batch in which an object passes behind the wall: a sparse mask loses that first. Where
-    none does, the first of all."""
+    """The first clip of a batch in which something passes behind the wall, which a mask loses first; else the
+    first of all."""
     return next((i for i, said in enumerate(suite.captions[:batch]) if WALL_PHRASE in said), 0)
 
 
