@@ -3,9 +3,10 @@
     python -m diffctrl.scripts.evaluate_length --radial runs/radial --dense runs/dense \\
         --out docs/results/length.json
 
-Five ways, on unseen captions with the same noise: the base model with dense attention; the base model under
-the radial mask, without a LoRA; a LoRA trained under that mask; a LoRA of equal steps trained with dense
-attention; short clips of the model's own length, joined. Direction is the share of moves to the left, right,
+Five ways, on unseen captions of all forms, of straight moves and of objects behind a wall, with the same
+noise: the base model with dense attention; the base model under the radial mask, without a LoRA; a LoRA
+trained under that mask; a LoRA of equal steps trained with dense attention; short clips of the model's own
+length, joined. Direction is the share of moves to the left, right,
 up or down that the judge reads back; reappearance the share of objects that come out from behind the wall
 unchanged; drift the change of colour and size from the first to the last third. `--quick` trains and measures
 a tiny random model on a CPU, to see that it runs.
@@ -32,11 +33,14 @@ from diffctrl.pipelines.length import find
 from diffctrl.scripts.bench.harness import Figure, print_figures, write_report
 from diffctrl.scripts.evaluation_image import share
 from diffctrl.scripts.evaluation_length import Condition, Drawn, Studio, bootstrapped, paired
-from diffctrl.scripts.evaluation_video import measured, video_suite
+from diffctrl.scripts.evaluation_video import VideoSuite, measured, straight_suite, video_suite
 
 TOPIC = "length"
 BASE, MASKED, RADIAL, DENSE = "base, dense", "base, radial", "radial LoRA", "dense LoRA"
-_SEEDS = {"all forms": 63_000, "behind the wall": 64_000}
+ALL, MOVES, WALLS = "all forms", "straight moves", "behind the wall"
+_SEEDS = {ALL: 63_000, MOVES: 67_000, WALLS: 64_000}
+_BARRED = {MOVES: "direction", WALLS: "reappears"}
+"""What the bars are about: a quarter of all forms are straight moves, too few to tell two points."""
 _APART = 0.1  # points between two intervals that lie apart
 _CLOSE = 2.0  # points that the radial LoRA may be behind the dense one
 
@@ -55,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dense", help="LoRA of equal steps trained with dense attention; left out without")
     parser.add_argument("--frames", type=int, default=129)
     parser.add_argument("--n", type=int, default=200, help="clips of all forms")
+    parser.add_argument("--moves", type=int, default=200, help="clips of straight moves, on top")
     parser.add_argument("--walls", type=int, default=200, help="clips behind the wall, on top")
     parser.add_argument("--steps", type=int, help="denoising steps; default as recommended")
     parser.add_argument("--guidance", type=float, help="guidance scale; default as recommended")
@@ -94,7 +99,7 @@ def _make_quick(options: argparse.Namespace, folder: Path) -> None:
         )
         setattr(options, method, str(train(make(request))))
     options.model, options.frames, options.device = str(model), 33, "cpu"
-    options.n, options.walls, options.batch, options.workers = 1, 1, 2, 0
+    options.n, options.moves, options.walls, options.batch, options.workers = 1, 1, 1, 2, 0
 
 
 def _measure(options: argparse.Namespace) -> list[Figure]:
@@ -119,11 +124,10 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
     pipe.set_progress_bar_config(disable=True)
     figures: list[Figure] = []
     with Studio(pipe, call, options.batch, workers) as studio:
-        for (name, seed), forms in zip(_SEEDS.items(), (None, ("wall",)), strict=True):
-            count = options.n if forms is None else options.walls
-            if not count:
+        for name, seed in _SEEDS.items():
+            suite = _suite(options, name, seed)
+            if suite is None:
                 continue
-            suite = video_suite(count, seed=seed, frames=options.frames, forms=forms)
             drawn = [studio.draw(condition, suite, seed) for condition in conditions]
             figures += _figures(name, drawn)
             extra = {"call": call, "dtype": options.dtype, "loras": loras}
@@ -131,6 +135,16 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
             print(f"{name}: done after {time.monotonic() - began:.0f} s", flush=True)
     print_figures(figures)
     return figures
+
+
+def _suite(options: argparse.Namespace, name: str, seed: int) -> VideoSuite | None:
+    """The captions of this name; None where none are wanted."""
+    count = {ALL: options.n, MOVES: options.moves, WALLS: options.walls}[name]
+    if not count:
+        return None
+    if name == MOVES:
+        return straight_suite(count, seed=seed, frames=options.frames)
+    return video_suite(count, seed=seed, frames=options.frames, forms=("wall",) if name == WALLS else None)
 
 
 def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition], dict[str, Any]]:
@@ -167,7 +181,6 @@ def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition],
 def _figures(suite: str, drawn: Sequence[Drawn]) -> list[Figure]:
     """Shares and drifts of every condition, then what the claims are about."""
     figures = []
-    main_kind = "reappears" if suite == "behind the wall" else "direction"
     for kind in sorted({name for one in drawn for clip in one.reads for name, _ in clip.facts}):
         for one in drawn:
             value, low, high, count = share(one.flags(kind))
@@ -181,18 +194,19 @@ def _figures(suite: str, drawn: Sequence[Drawn]) -> list[Figure]:
                 note = f"{len(known)} of {len(one.reads)} clips can be told"
                 name = f"{suite}: {drift.replace('_', ' ')}: {one.condition.name}"
                 figures.append(Figure(name, value, low, high, note=note))
-    return figures + _claims(suite, main_kind, {one.condition.name: one for one in drawn})
+    return figures + _claims(suite, {one.condition.name: one for one in drawn})
 
 
-def _claims(suite: str, kind: str, drawn: dict[str, Drawn]) -> list[Figure]:
+def _claims(suite: str, drawn: dict[str, Drawn]) -> list[Figure]:
     """Paired differences, and the two bars: apart from the base model, close to the dense LoRA."""
-    figures = []
+    figures, barred = [], suite in _BARRED
+    kind = _BARRED.get(suite, "direction")
     radial = drawn[RADIAL]
     for name, other in drawn.items():
         if name == RADIAL or not radial.flags(kind):
             continue
         value, low, high = (100 * x for x in paired(radial.flags(kind), other.flags(kind)))
-        bar = -_CLOSE if name == DENSE else None
+        bar = -_CLOSE if barred and name == DENSE else None
         figures.append(
             Figure(f"{suite}: {kind}: {RADIAL} minus {name}", value, low, high, "points", bar,
                    note="paired: the same captions and noise")
@@ -201,7 +215,7 @@ def _claims(suite: str, kind: str, drawn: dict[str, Drawn]) -> list[Figure]:
             gap = share(radial.flags(kind))[1] - share(other.flags(kind))[2]
             note = "lower end of the first's 95 % interval minus the upper end of the second's"
             room = f"{suite}: {kind}: room between the intervals of {RADIAL} and {name}"
-            figures.append(Figure(room, gap, unit="points", bar=_APART, note=note))
+            figures.append(Figure(room, gap, unit="points", bar=_APART if barred else None, note=note))
     for drift in ("colour_drift", "size_drift"):
         value, low, high = paired(*([getattr(r, drift) for r in drawn[n].reads] for n in (RADIAL, BASE)))
         if not math.isnan(value):

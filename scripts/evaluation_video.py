@@ -14,6 +14,9 @@ from diffctrl.scripts.bench.harness import Figure
 from diffctrl.zoo import clips, judge
 from diffctrl.zoo.clips.vocabulary import BACK_PHRASE, MOTIONS, WALL_PHRASE
 
+STRAIGHT = MOTIONS[:4]
+"""Left, right, up and down."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSuite:
@@ -42,6 +45,18 @@ def video_suite(
     return VideoSuite(scenes=scenes, facts=clips.said(scenes, uniforms), captions=captions)
 
 
+def straight_suite(count: int, *, seed: int, frames: int = 33) -> VideoSuite:
+    """`count` unseen clips in which an object goes left, right, up or down and no more, named in full."""
+    drawn = video_suite(max(64, 8 * count), seed=seed, frames=frames)  # a quarter of them are such
+    chosen = [i for i, said in enumerate(drawn.facts) if any(one.motion in STRAIGHT for one in said.objects)]
+    chosen = chosen[:count]
+    return VideoSuite(
+        scenes=drawn.scenes.select(chosen),
+        facts=[drawn.facts[i] for i in chosen],
+        captions=[drawn.captions[i] for i in chosen],
+    )
+
+
 def judged(videos: Tensor, suite: VideoSuite) -> dict[str, list[bool]]:
     """Named facts of clips (N, T, 3, H, H) in [0, 1], by kind, each right or wrong; "exact" once per clip.
 
@@ -65,7 +80,7 @@ def named_facts(verdict: judge.ClipVerdict, wanted: clips.ClipFacts) -> list[tup
 
 def _kinds(motion: str) -> dict[str, bool]:
     return {
-        "direction": motion in MOTIONS[:4],
+        "direction": motion in STRAIGHT,
         "behind the wall": motion.endswith(WALL_PHRASE),
         "there and back": motion.endswith(BACK_PHRASE),
     }

@@ -14,8 +14,8 @@ from diffctrl.scripts.bench import length as bench_length
 from diffctrl.scripts.bench.forwards import Times
 from diffctrl.scripts.evaluate_length import BASE, DENSE, MASKED, RADIAL, _figures
 from diffctrl.scripts.evaluation_length import ClipRead, Condition, Drawn, bootstrapped, paired, read
-from diffctrl.scripts.evaluation_video import judged, video_suite
-from diffctrl.zoo import clips
+from diffctrl.scripts.evaluation_video import judged, straight_suite, video_suite
+from diffctrl.zoo import clips, judge
 
 
 def drawn(name: str, right: list[bool], drift: float = 0.1) -> Drawn:
@@ -31,15 +31,18 @@ def test_the_claims_hold_where_they_do() -> None:
         drawn(RADIAL, good),
         drawn(DENSE, [True] * 96 + good[96:]),
     ]
-    found = {figure.name: figure.as_dict() for figure in _figures("all forms", made)}
-    apart = found[f"all forms: direction: room between the intervals of {RADIAL} and {BASE}"]
-    close = found[f"all forms: direction: {RADIAL} minus {DENSE}"]
+    found = {figure.name: figure.as_dict() for figure in _figures("straight moves", made)}
+    apart = found[f"straight moves: direction: room between the intervals of {RADIAL} and {BASE}"]
+    close = found[f"straight moves: direction: {RADIAL} minus {DENSE}"]
     assert (apart["holds"], close["holds"], close["value"]) == (True, True, pytest.approx(-1))
-    assert found[f"all forms: colour drift: {RADIAL} minus {BASE}"]["value"] == pytest.approx(-0.2)
+    assert found[f"straight moves: colour drift: {RADIAL} minus {BASE}"]["value"] == pytest.approx(-0.2)
     assert not any("size drift" in name for name in found)  # none could be told
     worse = [drawn(BASE, bad), drawn(RADIAL, bad), drawn(DENSE, good)]
-    claims = [f.as_dict()["holds"] for f in _figures("all forms", worse) if f.bar is not None]
+    claims = [f.as_dict()["holds"] for f in _figures("straight moves", worse) if f.bar is not None]
     assert claims == [False, False]
+    unbarred = _figures("all forms", worse)  # too few of them go straight to tell two points
+    assert any(f"{RADIAL} minus {DENSE}" in figure.name for figure in unbarred)
+    assert all(figure.bar is None for figure in unbarred)
 
 
 def test_paired_intervals_leave_out_what_cannot_be_told() -> None:
@@ -49,6 +52,18 @@ def test_paired_intervals_leave_out_what_cannot_be_told() -> None:
     assert value == 0.5
     assert low == pytest.approx(0.4, abs=0.02)
     assert high == pytest.approx(0.6, abs=0.02)
+
+
+def test_straight_moves_are_straight_and_unseen() -> None:
+    suite = straight_suite(20, seed=67_000)
+    assert len(suite.scenes) == len(suite.facts) == len(suite.captions) == 20
+    for index, (facts, caption) in enumerate(zip(suite.facts, suite.captions, strict=True)):
+        assert {one.motion for one in facts.objects} & {
+            f"moves {way}" for way in ("left", "right", "up", "down")
+        }
+        assert clips.parse(caption) == facts
+        one = suite.scenes.select([index])
+        assert judge.check_clip(clips.render(one, 64)[0][0], facts).facts["motion"]
 
 
 def test_clips_are_read_as_the_models_own_evaluation_reads_them() -> None:
@@ -71,6 +86,7 @@ def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "length.json").read_text())
     names = [figure["name"] for figure in found["figures"]]
     for condition in (BASE, MASKED, RADIAL, DENSE, "2 short clips"):
+        assert f"straight moves: direction: {condition}" in names
         assert f"behind the wall: reappears: {condition}" in names
     sparse = next(f for f in found["figures"] if f["name"] == f"all forms: exact: {RADIAL}")
     assert "density 0.9" in sparse["note"]
