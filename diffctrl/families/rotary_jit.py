@@ -11,6 +11,7 @@ the result is that of the separate passes up to the order in which the squares a
 # A constexpr condition decides at compile time which names exist; pyright sees a plain branch, and numbers
 # where Triton sees constexprs.
 # pyright: reportPossiblyUnboundVariable=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
