@@ -57,7 +57,7 @@ class VideoVaeOptions:
     frames: int = 65
     pool: int = 12_000
     learning_rate: float = 1.5e-3
-    kl: float = 1e-4
+    kl: float = 2e-4
     seed: int = 0
     compile: bool = True
     graph: bool = True
