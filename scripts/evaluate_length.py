@@ -33,7 +33,14 @@ from diffctrl.pipelines.length import find
 from diffctrl.scripts.bench.harness import Figure, print_figures, write_report
 from diffctrl.scripts.evaluation_image import share
 from diffctrl.scripts.evaluation_length import Condition, Drawn, Studio, bootstrapped, paired
-from diffctrl.scripts.evaluation_video import VideoSuite, measured, straight_suite, video_suite
+from diffctrl.scripts.evaluation_video import (
+    VideoSuite,
+    measured,
+    straight_suite,
+    telling,
+    video_suite,
+    write_frames,
+)
 
 TOPIC = "length"
 BASE, MASKED, RADIAL, DENSE = "base, dense", "base, radial", "radial LoRA", "dense LoRA"
@@ -71,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="a tiny random model and a clip or two: does it run?"
     )
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
+    parser.add_argument("--picture", type=Path, help="PNG of frames of one caption, a line for each way")
     return parser
 
 
@@ -130,6 +138,11 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
                 continue
             drawn = [studio.draw(condition, suite, seed) for condition in conditions]
             figures += _figures(name, drawn)
+            if options.picture is not None and name == ALL:
+                which = telling(suite, options.batch)
+                lines = {one.condition.name: one.clips[which] for one in drawn}
+                lines = {f"{BASE}: {suite.captions[which]}": lines.pop(BASE), **lines}
+                write_frames(options.picture, lines)
             extra = {"call": call, "dtype": options.dtype, "loras": loras}
             write_report(options.out, TOPIC, figures, seeds=list(_SEEDS.values()), **extra)
             print(f"{name}: done after {time.monotonic() - began:.0f} s", flush=True)

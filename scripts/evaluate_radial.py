@@ -52,8 +52,7 @@ from diffctrl.scripts.evaluation_radial import (
     contenders,
     named,
 )
-from diffctrl.scripts.evaluation_video import VideoSuite, measured, video_suite
-from diffctrl.zoo.clips.vocabulary import WALL_PHRASE
+from diffctrl.scripts.evaluation_video import VideoSuite, measured, telling, video_suite, write_frames
 
 TOPIC = "radial_quality"
 BLOCKS = (64, 8)
@@ -61,7 +60,6 @@ KINDS = ("direction", "reappears")
 BARRED = "all forms"  # the suite that the bars are about
 _SEEDS = {BARRED: 65_000, "behind the wall": 66_000}
 _APART = 0.01  # dB between two intervals that lie apart
-_SHOWN = 8  # frames of a clip in the picture
 
 
 def main(arguments: list[str] | None = None) -> list[Figure]:
@@ -203,27 +201,13 @@ def _comparison(suite: str, block: int, other: str, radial: Compared, rival: Com
     return figures
 
 
-def _telling(suite: VideoSuite, batch: int) -> int:
-    """The first clip of a batch in which something passes behind the wall, which a mask loses first; else the
-    first of all."""
-    return next((i for i, said in enumerate(suite.captions[:batch]) if WALL_PHRASE in said), 0)
-
-
 def _write_picture(path: Path, suite: VideoSuite, drawn: dict[str, Compared], batch: int) -> None:
-    """Frames of one caption's clip, one line for each way to draw it."""
-    from PIL import Image
-
-    from diffctrl.softpag.headhunt.report import sample_grid
-
-    which = _telling(suite, batch)
-    frames = torch.linspace(0, len(drawn[DENSE].clips[which]) - 1, _SHOWN).round().int().tolist()
-    lines = []
+    which = telling(suite, batch)
+    lines = {}
     for name, one in drawn.items():
-        told = f"{name}: {one.psnr[which]:.1f} dB" if one.psnr else f"{name}: {suite.captions[which]}"
-        shown = [Image.fromarray(one.clips[which][frame].transpose(1, 2, 0)) for frame in frames]
-        lines.append((told, shown))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sample_grid([f"frame {frame}" for frame in frames], lines).save(path)
+        told = f"{one.psnr[which]:.1f} dB" if one.psnr else suite.captions[which]
+        lines[f"{name}: {told}"] = one.clips[which]
+    write_frames(path, lines)
 
 
 if __name__ == "__main__":

@@ -60,11 +60,13 @@ class Drawn:
 
     Attributes:
         density: attended share of all calls, dense steps and blocks included; None for dense attention.
+        clips: (T, 3, H, W) uint8 each, of the first batch.
     """
 
     condition: Condition
     reads: list[ClipRead] = field(default_factory=list)
     density: float | None = None
+    clips: list[np.ndarray] = field(default_factory=list)
 
     def flags(self, kind: str) -> list[bool]:
         """Facts of one kind; of the same clips in every condition, in the same order."""
@@ -105,7 +107,8 @@ class Studio:
                 control = on.enter_context(diffctrl.apply(self.pipe, RadialAttnProcessor(condition.mask)))
             for first in range(0, len(suite.captions), self.batch):
                 part = slice(first, first + self.batch)
-                videos = self._videos(condition, suite.captions[part], seed + first)
+                videos = list(self._videos(condition, suite.captions[part], seed + first))
+                drawn.clips = drawn.clips or videos
                 jobs += [self._submit(v, f) for v, f in zip(videos, suite.facts[part], strict=True)]
                 print(f"  {condition.name}: {len(jobs)} of {len(suite.captions)}", flush=True)
             if control is not None:

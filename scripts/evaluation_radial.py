@@ -149,7 +149,6 @@ class Compared(Drawn):
     """
 
     psnr: list[float] = field(default_factory=list)
-    clips: list[np.ndarray] = field(default_factory=list)
 
 
 class PairedStudio(Studio):

@@ -2,10 +2,11 @@
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from diffctrl.scripts.bench.harness import Figure
 from diffctrl.zoo import clips, judge
 from diffctrl.zoo.clips.vocabulary import BACK_PHRASE, MOTIONS, WALL_PHRASE
 
+_SHOWN = 8  # frames of a clip in a picture
 STRAIGHT = MOTIONS[:4]
 """Left, right, up and down."""
 
@@ -55,6 +57,28 @@ def straight_suite(count: int, *, seed: int, frames: int = 33) -> VideoSuite:
         facts=[drawn.facts[i] for i in chosen],
         captions=[drawn.captions[i] for i in chosen],
     )
+
+
+def telling(suite: VideoSuite, batch: int) -> int:
+    """The first clip of a batch in which something passes behind the wall, which a mask loses first; else the
+    first of all."""
+    return next((i for i, said in enumerate(suite.captions[:batch]) if WALL_PHRASE in said), 0)
+
+
+def write_frames(path: Path, lines: Mapping[str, np.ndarray]) -> None:
+    """A PNG with a line for each clip (T, 3, H, W) uint8, all equally long: some frames and a text."""
+    from PIL import Image
+
+    from diffctrl.softpag.headhunt.report import sample_grid
+
+    length = len(next(iter(lines.values())))
+    frames = torch.linspace(0, length - 1, _SHOWN).round().int().tolist()
+    rows = [
+        (told, [Image.fromarray(clip[frame].transpose(1, 2, 0)) for frame in frames])
+        for told, clip in lines.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sample_grid([f"frame {frame}" for frame in frames], rows).save(path)
 
 
 def judged(videos: Tensor, suite: VideoSuite) -> dict[str, list[bool]]:

@@ -37,7 +37,7 @@ from diffctrl.scripts.evaluation_radial import (
     rival_blocks,
     rival_lists,
 )
-from diffctrl.scripts.evaluation_video import VideoSuite, video_suite
+from diffctrl.scripts.evaluation_video import VideoSuite, telling, video_suite
 from diffctrl.scripts.training_video_vae import SMOKE_SIZE
 from diffctrl.zoo.video import VIDEO_TOKENS, video_parts, video_pipeline
 
@@ -282,5 +282,5 @@ def test_without_weights_it_says_what_to_do(
 def test_the_picture_shows_the_first_clip_in_which_something_is_hidden() -> None:
     suite = video_suite(16, seed=65_000)
     hidden = [index for index, facts in enumerate(suite.facts) if "behind" in str(facts.objects[0].motion)]
-    assert evaluate_radial._telling(suite, 16) == hidden[0] > 0
-    assert evaluate_radial._telling(suite, hidden[0]) == 0
+    assert telling(suite, 16) == hidden[0] > 0
+    assert telling(suite, hidden[0]) == 0

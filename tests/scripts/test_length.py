@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffctrl.scripts import evaluate_length
 from diffctrl.scripts.bench import length as bench_length
@@ -82,7 +83,9 @@ def test_clips_are_read_as_the_models_own_evaluation_reads_them() -> None:
 
 
 def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
-    evaluate_length.main(["--quick", "--out", str(tmp_path / "length.json")])
+    picture = tmp_path / "frames.png"
+    evaluate_length.main(["--quick", "--out", str(tmp_path / "length.json"), "--picture", str(picture)])
+    assert Image.open(picture).width > Image.open(picture).height  # eight frames, five ways
     found = json.loads((tmp_path / "length.json").read_text())
     names = [figure["name"] for figure in found["figures"]]
     for condition in (BASE, MASKED, RADIAL, DENSE, "2 short clips"):
