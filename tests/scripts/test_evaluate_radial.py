@@ -222,9 +222,8 @@ def test_a_mask_that_is_not_the_announced_one_is_refused(
 
 
 def made(psnr: list[float], right: list[bool]) -> Compared:
-    return Compared(
-        Contender(name=""), [ClipRead((("direction", flag),), 0.0, 0.0) for flag in right], 0.5, psnr
-    )
+    reads = [ClipRead((("direction", flag),), 0.0, 0.0) for flag in right]
+    return Compared(Contender(name=""), reads, 0.5, psnr=psnr)
 
 
 def test_bars_hold_where_the_intervals_lie_apart() -> None:
