@@ -319,6 +319,8 @@ class FlowTraining(ABC):
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }
+        if "started_from" in autoencoder:
+            facts["vae_started_from"] = autoencoder["started_from"]
         facts |= {name: getattr(options, name) for name in self.recorded}
         facts |= started_from(options.start_from)
         self.write_pack(options.pack, facts)

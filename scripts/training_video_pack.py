@@ -120,12 +120,18 @@ def disassemble_video(folder: Path, out: Path) -> None:
     weights = {name: value.half().contiguous() for name, value in parts.vae.state_dict().items()}
     save_file(weights, out / "vae.safetensors")
     stage = {"steps": facts["vae_steps"], "minutes": facts["vae_minutes"]}
+    if "vae_started_from" in facts:
+        stage["started_from"] = facts["vae_started_from"]
     write_json(out / "vae.json", {name: facts[name] for name in _VAE_FACTS} | stage)
 
 
 def _card(facts: dict[str, Any], metrics: dict[str, Any] | None, call: dict[str, Any]) -> str:
     own = facts.get("decoder")
-    autoencoder = f"{float(facts.get('psnr_mean_db', 0.0)):.1f} dB PSNR on average over unseen clips."
+    autoencoder = (
+        f"{float(facts.get('psnr_mean_db', 0.0)):.1f} dB PSNR on average over unseen clips; "
+        f"{facts.get('vae_steps')} steps in {float(facts.get('vae_minutes', 0.0)):.1f} minutes."
+        + history_line({"started_from": facts.get("vae_started_from")})
+    )
     if own:
         autoencoder += (
             f"\n  Its decoder was trained further alone, {own['minutes']:.1f} minutes on {own['device']}."

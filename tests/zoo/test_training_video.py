@@ -201,7 +201,7 @@ def test_smoke_run_stops_continues_and_becomes_a_pipeline(tmp_path, capsys):
         for name, value in load_file(second / "vae.safetensors").items()
     ]
     assert 0 < max(moved) < 0.02
-    command = ["wan", "--smoke", "--vae", str(vae / "vae.safetensors"), "--state", str(tmp_path / "state")]
+    command = ["wan", "--smoke", "--vae", str(second / "vae.safetensors"), "--state", str(tmp_path / "state")]
     command += [
         "--pack",
         str(pack),
@@ -237,9 +237,13 @@ def test_smoke_run_stops_continues_and_becomes_a_pipeline(tmp_path, capsys):
         assert all(torch.equal(loaded[key], value) for key, value in module.state_dict().items()), name
     disassemble_video(tmp_path / "model", tmp_path / "again")
     again, _ = read_video_pack(tmp_path / "again" / "pack.safetensors")
+    stages = [json.loads((folder / "vae.json").read_text()) for folder in (second, tmp_path / "again")]
+    assert stages[0]["started_from"] == stages[1]["started_from"] == facts["vae_started_from"]
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"Before it, newest first: {stages[0]['started_from']['steps']} steps" in card
     for (_, first), (_, second) in zip(read.items(), again.items(), strict=True):
         assert all(map(torch.equal, first.parameters(), second.parameters()))
-    _redecoded(tmp_path, again, other=tmp_path / "second")
+    _redecoded(tmp_path, again, other=vae)
     write_video_pack(video_parts(SMALL), pack, facts)
     with pytest.raises((ValueError, RuntimeError)):
         read_video_pack(pack)
