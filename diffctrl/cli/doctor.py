@@ -12,7 +12,7 @@ from diffctrl.cli.tables import new_table
 # Distribution name -> what it is for.
 _REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "pillow")
 _OPTIONAL = {
-    "triton": "compiled attention on GPUs; comes with torch for CUDA",
+    "triton": "compiled attention, QK norm and rotary embedding on GPUs; comes with torch for CUDA",
     "flash-attn-4": "extra 'gpu': the fastest dense and block-sparse kernels on H100 and B200",
     "xformers": "extra 'xformers': an optional dense backend",
     "gradio": "extra 'demo': `diffctrl demo`",
