@@ -7,7 +7,6 @@ use. The device code is in `rotary_jit`, which is imported on first use because 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import threading
 from contextlib import nullcontext
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from diffctrl.attention.kernels.triton_runtime import arch_of, interpreted, with_triton
 
 logger = logging.getLogger("diffctrl.families")
 
@@ -116,15 +117,19 @@ def normed_and_rotated(
     Raises:
         RuntimeError: the tables are not of as many tokens as the range.
     """
-    if why_not(norm, states, cos, sin, first=first, stop=stop, across_heads=across_heads) is None:
+    reason = why_not(norm, states, cos, sin, first=first, stop=stop, across_heads=across_heads)
+    if reason is None:
         form = Form(str(states.device), states.dtype, states.shape[2], states.shape[3])
         if norm is not None:
             weighted = norm.weight is not None
             form = replace(form, norm=type(norm), weighted=weighted, across_heads=across_heads)
         if cos is not None:
             form = replace(form, rotary=True, pairs=pairs, per_head=cos.shape[2] > 1)
-        if refused(form) is None:
+        reason = refused(form)
+        if reason is None:
             return fused(form, norm, states, cos, sin, first)
+    if states.is_cuda and not torch.compiler.is_compiling():
+        _say(reason)
     return plain(norm, states, cos, sin, first=first, stop=stop, across_heads=across_heads, pairs=pairs)
 
 
@@ -168,6 +173,12 @@ def rotated_pairs(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(states)
 
 
+@functools.cache
+def _say(reason: str) -> None:
+    """Once for each reason: the same result, more slowly."""
+    logger.info("QK norm and rotary embedding run in plain torch: the fused kernel %s", reason)
+
+
 # --- when the kernel may run --------------------------------------------------------------------------------
 
 
@@ -200,13 +211,13 @@ def why_not(
 def _why_not_here(states: Tensor) -> str | None:
     if type(states) is not Tensor:
         return f"takes plain tensors, not {type(states).__name__}"
-    if not _with_triton():
+    if not with_triton():
         return "needs triton, which is not installed"
-    if states.device.type != "cuda" and not (states.device.type == "cpu" and _interpreted()):
+    if states.device.type != "cuda" and not (states.device.type == "cpu" and interpreted()):
         return f"runs on CUDA GPUs, not on {states.device.type}"
     if torch.version.hip is not None:
         return "was not written for ROCm"
-    arch = _arch(states.device)
+    arch = arch_of(states.device)
     if arch < 80:
         return f"needs compute capability 8.0 or newer, not sm{arch}"
     if torch.is_autocast_enabled(states.device.type):
@@ -283,28 +294,6 @@ def _aligned(tensor: Tensor) -> bool:
     steps = (stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     *outer, inner = (*steps,) or (1,)
     return inner == 1 and not any(step % _UNIT for step in outer) and tensor.data_ptr() % 16 == 0
-
-
-@functools.cache
-def _with_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _interpreted() -> bool:
-    """TRITON_INTERPRET=1: the device code runs on a CPU, slowly; for tests."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
-def _arch(device: torch.device) -> int:
-    return _arch_of(device.index or 0) if device.type == "cuda" else 90  # the interpreter, on a CPU
-
-
-@functools.cache
-def _arch_of(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return major * 10 + minor
 
 
 def fused(

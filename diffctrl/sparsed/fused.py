@@ -7,8 +7,6 @@ because triton may be missing.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 import threading
 from contextlib import nullcontext
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffctrl.attention.kernels.triton_lists import Scratch, for_copy_engine
+from diffctrl.attention.kernels.triton_runtime import arch_of, interpreted, with_triton
 from diffctrl.sparsed.pooling import chunked_scores
 
 _LOG2E = math.log2(math.e)
@@ -78,13 +77,13 @@ def table_form(arch: int, head_dim: int) -> Form:
 
 def why_not(query: Tensor, block: int) -> str | None:
     """None where the kernel can take these queries, else the reason; without the self-test."""
-    if importlib.util.find_spec("triton") is None:
+    if not with_triton():
         return "needs triton, which is not installed"
-    if query.device.type != "cuda" and not _interpreted():
+    if query.device.type != "cuda" and not interpreted():
         return f"runs on CUDA GPUs, not on {query.device.type}"
     if torch.version.hip is not None:
         return "was not measured on ROCm"
-    arch = _arch(query.device)
+    arch = arch_of(query.device)
     if arch < 80:
         return f"needs compute capability 8.0 or newer, not sm{arch}"
     if query.dtype not in _DTYPES:
@@ -161,7 +160,7 @@ def fused_scores(
     k_len, kv_heads = key.shape[1], key.shape[2]
     n_q, n_k = -(-q_len // block), -(-k_len // block)
     out = query.new_zeros((batch, heads, n_q, n_k), dtype=torch.float32)
-    form = form or table_form(_arch(query.device), dim)
+    form = form or table_form(arch_of(query.device), dim)
     if form.descriptor:
         key = for_copy_engine(key)
     valid = torch.tensor([query_valid, key_valid], dtype=torch.int32, device=query.device)
@@ -182,20 +181,3 @@ def fused_scores(
             num_warps=form.warps, num_stages=form.stages,
         )  # fmt: skip
     return out
-
-
-def _arch(device: torch.device) -> int:
-    return _arch_of(device.index or 0) if device.type == "cuda" else 90  # the interpreter, on a CPU
-
-
-@functools.cache
-def _arch_of(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return major * 10 + minor
-
-
-def _interpreted() -> bool:
-    """TRITON_INTERPRET=1: the device code runs on a CPU, slowly; for tests."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)

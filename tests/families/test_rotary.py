@@ -295,9 +295,9 @@ def test_refusals_of_the_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     hook.remove()
     assert asked() is None
     for name, value, reason in (
-        ("_arch", lambda _: 75, "sm75"),
-        ("_interpreted", lambda: False, "not on cpu"),
-        ("_with_triton", lambda: False, "not installed"),
+        ("arch_of", lambda _: 75, "sm75"),
+        ("interpreted", lambda: False, "not on cpu"),
+        ("with_triton", lambda: False, "not installed"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(rotary, name, value)
@@ -627,3 +627,23 @@ def test_a_captured_graph_replays(used: list[Form]) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(got, expected)
+
+
+def test_each_reason_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    rotary._say.cache_clear()
+    with caplog.at_level("INFO", logger="diffctrl.families"):
+        for reason in ("has no gradients", "has no gradients", "knows no autocast"):
+            rotary._say(reason)
+    assert [record.message.rsplit("kernel ", 1)[1] for record in caplog.records] == [
+        "has no gradients",
+        "knows no autocast",
+    ]
+
+
+@on_gpu
+def test_plain_torch_on_a_gpu_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    rotary._say.cache_clear()
+    states, table = draw(1, 4, 2, 8, device="cuda"), TABLE.double().cuda()
+    with caplog.at_level("INFO", logger="diffctrl.families"):
+        normed_and_rotated(None, states, table, table)
+    assert "takes tables in float32" in caplog.text

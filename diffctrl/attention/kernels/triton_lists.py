@@ -8,8 +8,6 @@ in `triton_lists_jit`, which is imported on first use because triton may be miss
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch
 
 from ..lists import BlockLists
 from .base import Operands, Request
+from .triton_runtime import arch_of, interpreted, with_triton
 
 _LOG2E = math.log2(math.e)
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -88,9 +87,9 @@ class TritonListsKernel:
     def why_not(self, request: Request) -> str | None:
         if not request.sparse:
             return "is used for block lists only"
-        if not _has_triton():
+        if not with_triton():
             return "needs triton, which is not installed"
-        if request.device_type != "cuda" and not _interpreted():
+        if request.device_type != "cuda" and not interpreted():
             return f"runs on CUDA GPUs, not on {request.device_type}"
         if request.arch is not None and request.arch < 80:
             return f"needs compute capability 8.0 or newer, not sm{request.arch}"
@@ -184,7 +183,7 @@ def launch(
     if out.numel() == 0:
         return out, lse
     if variant is None:
-        variant = table_variant(_arch(query.device.index or 0), dim, block)
+        variant = table_variant(arch_of(query.device), dim, block)
     if variant.descriptor:
         query, key, value = (for_copy_engine(t) for t in (query, key, value))
     tensors = (
@@ -310,26 +309,6 @@ class Scratch:
 
 def _scratch(device: torch.device, variant: Variant) -> AbstractContextManager[Any]:
     return Scratch(device) if variant.descriptor else nullcontext()
-
-
-@functools.cache
-def _arch(index: int) -> int:
-    if not torch.cuda.is_available():  # the interpreter, on a CPU
-        return 90
-    major, minor = torch.cuda.get_device_capability(index)
-    return major * 10 + minor
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _interpreted() -> bool:
-    """TRITON_INTERPRET=1: the device code runs on a CPU, slowly; for tests."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 KERNEL = TritonListsKernel()
