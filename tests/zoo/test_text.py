@@ -9,18 +9,8 @@ from diffctrl.zoo.tasks import TASKS, Draw, is_right, sample
 from diffctrl.zoo.text import TextModel, TextSize, text_config
 
 
-def _shipped() -> bool:
-    try:
-        registry.path("scenes-lm")
-    except FileNotFoundError:
-        return False
-    return True
-
-
 @pytest.fixture(scope="module")
 def shipped() -> TextModel:
-    if not _shipped():
-        pytest.skip("the weights of scenes-lm are not in this checkout")
     return registry.load("scenes-lm")
 
 
