@@ -157,6 +157,21 @@ def test_near_an_object_is_two_pixels_around_what_can_be_seen_of_it():
     assert torch.equal(near(one), wanted)
 
 
+def test_excerpts_carry_what_is_near_an_object(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training_video_vae, "run_vae_training", lambda _, pool, *rest: seen.append(pool) or (1, 0.0)
+    )
+    train_zoo_video.main(["vae", "--smoke", "--out", str(tmp_path), "--pool", "4"])
+    (pool,) = seen
+    scenes = training_video_vae.sample_clips(4, seed=1, frames=129)
+    starts = torch.randint(129 - 17 + 1, (4,), generator=torch.Generator().manual_seed(0))
+    ((images, cover),) = rendered(scenes, device=torch.device("cpu"), size=32, starts=starts, length=17)
+    wanted = torch.cat([images, near(cover)], 2)
+    torch.testing.assert_close(pool / 255, wanted, atol=0.5 / 255 + 1e-6, rtol=0)
+    assert pool[:, :, 3].max() == 255
+
+
 @torch.no_grad()
 def test_round_trips_are_measured_where_the_objects_are():
     scenes = clips.sample(2, seed=3)
