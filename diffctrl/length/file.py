@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffctrl.errors import BadRequestError
-from diffctrl.length.masks import MASK_FIELDS
+from diffctrl.length.masks import DENSE, MASK_FIELDS
 from diffctrl.radial import RadialConfig
 
 VERSION = 1
@@ -71,7 +71,9 @@ class LengthLoRA:
         rank, lora_alpha: as in peft: the update of a weight is (lora_alpha / rank) B A.
         frames: fewest and most pixel frames of the clips that it was trained on.
         latent_frames: the same in the model's latent frames, which a mask counts.
-        radial: the settings of `RadialConfig` that make the mask, none of them open; None for "dense".
+        radial: the settings of `RadialConfig` that make the mask, none of them open, and `dense_fraction`,
+            the part of a run whose noise levels it was trained on with dense attention (missing: no part).
+            None for method "dense".
         base: the model below it.
         training: how it was made, for people.
     """
@@ -95,13 +97,13 @@ class LengthLoRA:
             if not 1 <= low <= high:
                 raise ValueError(f"{name}={getattr(self, name)!r} is no range of frames")
         if self.radial is not None:
-            if set(self.radial) != set(MASK_FIELDS) or None in self.radial.values():
+            if {*self.radial} - {DENSE} != {*MASK_FIELDS} or None in self.radial.values():
                 raise ValueError(f"radial={dict(self.radial)!r} does not settle {', '.join(MASK_FIELDS)}")
             RadialConfig(**self.radial)
 
     @property
     def mask(self) -> RadialConfig | None:
-        """The settings that make its mask, dense steps left open; None for a dense LoRA."""
+        """The settings that make its mask, and its dense part of a run; None for a dense LoRA."""
         return None if self.radial is None else RadialConfig(**self.radial)
 
     def summary(self) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 
 from diffctrl.radial import RadialConfig
 
-# What makes the mask; dense steps do not: there are no steps in training.
+# What makes the mask. A LoRA also keeps `DENSE`, the part of a run whose noise levels it was trained on with
+# dense attention; files of before may be without. That is a default and no more: dense steps are the user's.
+DENSE = "dense_fraction"
 MASK_FIELDS = (
     "pattern",
     "block_rule",
@@ -28,7 +30,7 @@ def tuned(
 
     Args:
         config: the settings.
-        trained: the LoRA's `MASK_FIELDS`.
+        trained: the LoRA's `MASK_FIELDS`, perhaps with `DENSE`.
         given: names of settings that were not left, where that is known: a default may be what is wanted.
 
     >>> config, against = tuned(RadialConfig(decay_factor=0.5), {"decay_factor": 1.0, "block": 64})
@@ -39,7 +41,7 @@ def tuned(
     open_, against = {}, []
     for name, value in trained.items():
         own = getattr(config, name)
-        if own == value:
+        if own == value or (name == DENSE and (own, config.dense_steps) != (None, None)):
             continue
         if own == defaults[name] and name not in given:
             open_[name] = value

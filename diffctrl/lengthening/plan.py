@@ -89,7 +89,8 @@ class TrainPlan:
 
     Attributes:
         latent_frames: of a clip.
-        mask: the settings of `RadialConfig` that make the mask, none open; None for dense attention.
+        mask: the settings of `RadialConfig` that make the mask, none open, and the dense part of a run; None
+            for dense attention.
         targets: paths of the layers that get an adapter.
         batch: clips of one forward, in each process.
         dtype: of the frozen weights; the adapter's are float32.
@@ -293,17 +294,22 @@ def _clips(request: TrainRequest, source: ModelSource, frames: int, height: int,
 def _mask(request: TrainRequest) -> dict[str, Any] | None:
     if request.method == "dense":
         return None
-    from diffctrl.length import MASK_FIELDS
+    from diffctrl.length.masks import DENSE, MASK_FIELDS
     from diffctrl.radial import RadialConfig
     from diffctrl.radial.presets import preset, resolve
 
     config = reading.parse(RadialConfig, dict(request.settings), of="radial")
-    steps = [name for name, _ in request.settings if name.startswith("dense_") and name != "dense_blocks"]
-    if steps:
-        raise BadRequestError(f"--set {steps[0]}: there are no steps in training; it is for `generate`")
+    for name in ("dense_steps", "dense_last_steps"):
+        if name in dict(request.settings):
+            raise BadRequestError(
+                f"--set {name}: there are no steps in training, but noise levels; give {DENSE}, the part of "
+                "a run that starts dense"
+            )
+    if config.dense_fraction == 1.0:
+        raise BadRequestError(f"--set {DENSE}=1 leaves no noise level to the mask; give --method dense")
     pattern, dense = resolve(config, preset("wan", frames=1, tuned=True))
     made = {**asdict(pattern), "dense_blocks": first(config.dense_blocks, DENSE_BLOCKS)}
-    return {name: made[name] for name in MASK_FIELDS}
+    return {**{name: made[name] for name in MASK_FIELDS}, DENSE: dense.fraction}
 
 
 def _targets(

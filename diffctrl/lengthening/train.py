@@ -31,6 +31,8 @@ from diffctrl.pipelines.length import adapted, base_of
 from diffctrl.processors import RadialAttnProcessor
 
 ADAPTER = "length"
+# Marks between the first and the last noise level: they tell levels apart as finely as a dense part is given.
+_MARKS = 1000
 _CLIP_NORM = 1.0
 _DECAY = 0.01
 
@@ -46,6 +48,14 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+@dataclass(slots=True)
+class _Run:
+    """What processors take for the scheduler: a batch's noise levels are a step of a long run."""
+
+    step_index: int = 0
+    timesteps: range = range(_MARKS)
 
 
 def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> Path:
@@ -128,6 +138,7 @@ class Training:
             self.adapter.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=_DECAY,
             fused=accelerator.device.type == "cuda",
         )  # fmt: skip
+        self._run = _Run()
         self._moments = {name: _moments(self.optimizer, value) for name, value in self.adapter.items()}
         self._orders: dict[int, list[int]] = {}
 
@@ -168,7 +179,8 @@ class Training:
         modules = [site.module for site in adapted(self.model.transformer)]
         mark(modules, Loaded(lora=self.described(), adapter=ADAPTER))  # no mask without its LoRA
         try:
-            with diffctrl.apply(self.model.transformer, processor(self.plan.mask)):
+            attention = processor(self.plan.mask)
+            with diffctrl.apply(self.model.transformer, attention, scheduler=self._run):
                 yield
         finally:
             unmark(modules)
@@ -199,10 +211,8 @@ class Training:
         draws = [torch.Generator().manual_seed(_mixed(plan.seed, place)) for place in places]
         left_out = [float(torch.rand((), generator=draw)) < plan.empty_share for draw in draws]
         clean, text = self.clips.batch([self._clip(place) for place in places], left_out)
-        if plan.sampling == "uniform":
-            level = torch.stack([torch.rand((), generator=draw) for draw in draws])
-        else:
-            level = torch.stack([torch.randn((), generator=draw).sigmoid() for draw in draws])
+        uniform = torch.stack([torch.rand((), generator=draw) for draw in draws])
+        level = self._level(uniform, step)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws])
         level = self.model.shift * level / (1 + (self.model.shift - 1) * level)
         device = self.accelerator.device
@@ -211,6 +221,24 @@ class Training:
         noisy = torch.lerp(clean, noise, level[:, None, None, None, None])
         found = self.model.call(wrapped, noisy, level, text)
         return (found.float() - (noise - clean)).square().mean()
+
+    def _level(self, uniform: Tensor, step: int) -> Tensor:
+        """Noise levels (B,) before the model's shift, from uniform draws, and what attention they call for.
+
+        A run meets its highest levels in its dense steps. An update has levels of these alone or of the
+        others alone, as often as the distribution of levels has them; which, follows from seed and step.
+        """
+        plan = self.plan
+        highest = 1.0 - (plan.mask or {}).get("dense_fraction", 0.0)
+        # The share of the levels below; logit-normal levels are sigmoids of normal draws.
+        below = torch.tensor(highest, dtype=torch.float64)
+        below = float(below if plan.sampling == "uniform" else torch.special.ndtr(below.logit()))
+        draw = torch.Generator().manual_seed(_mixed(plan.seed, -(1 << 32) - step))
+        if float(torch.rand((), generator=draw)) < below:
+            quantile, self._run.step_index = uniform * below, _MARKS - 1
+        else:
+            quantile, self._run.step_index = below + uniform * (1.0 - below), 0
+        return quantile if plan.sampling == "uniform" else torch.special.ndtri(quantile).sigmoid()
 
     def rate(self, step: int) -> float:
         """The learning rate: a linear warm-up, then half a cosine down to zero."""
@@ -263,10 +291,10 @@ class Training:
 
 
 def processor(mask: Mapping[str, Any] | None) -> RadialAttnProcessor:
-    """What attention in training runs: there are no steps, so all are sparse, or with None all dense."""
+    """What attention in training runs: as in a run, dense at its first noise levels, or with None at all."""
     if mask is None:
         return RadialAttnProcessor(dense_fraction=1.0)
-    return RadialAttnProcessor(**mask, dense_steps=0, dense_last_steps=0)
+    return RadialAttnProcessor(**mask, dense_last_steps=0)
 
 
 def add_adapter(

@@ -54,8 +54,9 @@ _TINY = {"wan": QUICK[WAN.name], "hunyuan2x": QUICK[HUNYUAN.name], "hunyuan4x": 
 
 
 def mask_of(bench: Bench) -> dict[str, Any]:
-    """The mask of training, no block dense."""
-    return {"decay_factor": 1.0, "sink": True, "dense_blocks": 0, "block": 16 if bench.quick else 128}
+    """The mask of training, no block and no noise level dense."""
+    block = 16 if bench.quick else 128
+    return {"decay_factor": 1.0, "sink": True, "dense_blocks": 0, "dense_fraction": 0.0, "block": block}
 
 
 class Step:

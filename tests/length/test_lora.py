@@ -158,12 +158,19 @@ def test_open_settings_are_the_loras_and_others_contradict(data: st.DataObject) 
     values = {"open": defaults, "same": trained, "other": other}
     given_ = {name: values[how][name] for name, how in chosen.items()}
     named = data.draw(st.booleans())
-    config, against = tuned(RadialConfig(**given_, dense_steps=3), trained, given_ if named else ())
+    dense = data.draw(st.sampled_from([{}, {"dense_steps": 3}, {"dense_fraction": 0.5}]))
+    trained["dense_fraction"] = 0.24
+    config, against = tuned(RadialConfig(**given_, **dense), trained, given_ if named else ())
     wrong = {name for name, how in chosen.items() if how == "other" and other[name] != trained[name]}
     if named:  # a default that was asked for is no open setting
         wrong |= {n for n, how in chosen.items() if how == "open" and defaults[n] != trained[n]}
     assert {text.split("=")[0] for text in against} == wrong
-    assert config.dense_steps == 3
+    # Dense steps are the user's: another number contradicts nothing.
+    wanted = dense or {"dense_fraction": 0.24}
+    assert (config.dense_steps, config.dense_fraction) == (
+        wanted.get("dense_steps"),
+        wanted.get("dense_fraction"),
+    )
     for name in MASK_FIELDS:
         assert getattr(config, name) == (given_[name] if name in wrong else trained[name])
 

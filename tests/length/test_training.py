@@ -31,7 +31,7 @@ from diffctrl.lengthening.checkpoints import Checkpoints
 from diffctrl.lengthening.encoded import EncodedClips
 from diffctrl.lengthening.plan import TrainPlan, TrainRequest
 from diffctrl.lengthening.train import Progress, Training, train
-from diffctrl.pipelines.length import load_length_lora
+from diffctrl.pipelines.length import load_length_lora, unload_length_lora
 from diffctrl.processors import RadialAttnProcessor, RadialConfig
 from diffctrl.radial import Layout, block_grid
 from diffctrl.scripts.training_video_forward import VideoForward, encode, to_rows
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_mask_written_out(
     run = training(plan_of(tmp_path, model, checkpointing=checkpointing))
     for value in run.adapter.values():  # B starts at zero, where A has no gradient
         torch.nn.init.normal_(value, std=0.2, generator=torch.Generator().manual_seed(1))
-    settings: dict[str, Any] = {**(run.plan.mask or {}), "dense_steps": 0, "dense_last_steps": 0}
+    settings: dict[str, Any] = {**(run.plan.mask or {}), "dense_fraction": 0.0, "dense_last_steps": 0}
     wanted = gradients(run, Written(**settings))
     found = gradients(run, RadialAttnProcessor(**settings))
     dense = gradients(run, RadialAttnProcessor(dense_fraction=1.0))
@@ -187,8 +187,75 @@ def test_twenty_steps_lower_the_loss(model: Path, tmp_path: Path, method: str, c
     assert lora.training["steps"] == 20
     if method == "radial":
         assert lora.mask == RadialConfig(
-            block_rule="hybrid", decay_factor=1.0, sink=True, block=16, dense_blocks=2
+            block_rule="hybrid", decay_factor=1.0, sink=True, block=16, dense_blocks=2, dense_fraction=0.04
         )
+
+
+# --- noise levels of dense steps ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", ["logit-normal", "uniform"])
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.6])
+def test_levels_of_dense_steps_are_apart_and_as_frequent_as_before(
+    model: Path, tmp_path: Path, sampling: str, fraction: float
+) -> None:
+    plan = plan_of(
+        tmp_path, model, settings=(*SETTINGS, ("dense_fraction", str(fraction))), sampling=sampling
+    )
+    run = training(plan)
+    draw = torch.Generator().manual_seed(0)
+    levels, starts = [], []
+    for number in range(1500):
+        levels.append(run._level(torch.rand(4, generator=draw), number))
+        starts.append(run._run.step_index == 0)
+        assert bool(((levels[-1] > 1 - fraction) == starts[-1]).all())
+    # All levels together are distributed as without dense steps (means of a normal's logits: 0 and 1).
+    pooled = torch.cat(levels)
+    found = pooled if sampling == "uniform" else pooled.logit()
+    mean, std = (0.5, 12**-0.5) if sampling == "uniform" else (0.0, 1.0)
+    assert float(found.mean()) == pytest.approx(mean, abs=0.08)
+    assert float(found.std()) == pytest.approx(std, abs=0.05)
+    assert any(starts) == (fraction > 0)
+
+
+def test_highest_levels_are_trained_dense_and_the_others_under_the_mask(model: Path, tmp_path: Path) -> None:
+    settings = (*SETTINGS, ("dense_fraction", "0.4"))
+    run = training(plan_of(tmp_path, model, settings=settings, frames=65))
+    for value in run.adapter.values():
+        torch.nn.init.normal_(value, std=0.2, generator=torch.Generator().manual_seed(1))
+    wrapped, numbers = run.model.transformer, range(8)
+
+    @torch.no_grad()
+    def losses(processor: RadialAttnProcessor | None) -> list[float]:
+        with run.masked() if processor is None else diffctrl.apply(wrapped, processor):
+            return [float(run.loss(number, 0, wrapped)) for number in numbers]
+
+    mask = run.plan.mask or {}
+    dense = losses(RadialAttnProcessor(dense_fraction=1.0))
+    sparse = losses(RadialAttnProcessor(**{**mask, "dense_fraction": 0.0}, dense_last_steps=0))
+    starts = []
+    for number in numbers:
+        run._level(torch.zeros(1), number)
+        starts.append(run._run.step_index == 0)
+    assert set(starts) == {False, True}
+    wanted = [d if start else s for d, s, start in zip(dense, sparse, starts, strict=True)]
+    assert losses(None) == pytest.approx(wanted, rel=1e-5)
+    # The planted fault: one kind of attention for the other would show.
+    assert min(abs(d - s) for d, s in zip(dense, sparse, strict=True)) > 1e-4
+
+
+def test_the_loras_dense_part_is_the_runs_unless_another_is_given(model: Path, tmp_path: Path) -> None:
+    settings = (*SETTINGS, ("dense_fraction", "0.5"))
+    run = training(plan_of(tmp_path, model, settings=settings, steps=1))
+    path = run.run(lambda progress: None)
+    assert (read(path).radial or {})["dense_fraction"] == 0.5
+    pipe = wan()
+    for given_, sparse in (({}, 2), ({"dense_fraction": 0.0}, 4), ({"dense_steps": 3}, 1)):
+        with load_length_lora(pipe, path, **given_, dense_last_steps=0) as control:
+            latents(pipe, num_inference_steps=4)
+            (stats,) = control.stats().values()
+        assert stats["masked_forwards"] == sparse * stats["forwards"] / 4
+        unload_length_lora(pipe)
 
 
 def test_the_file_is_what_was_trained(model: Path, tmp_path: Path) -> None:
@@ -464,7 +531,9 @@ def test_faulty_lists_of_clips(model: Path, tmp_path: Path, index: str, says: st
         ({"method": "dense"}, "--method dense has none"),
         ({"sampling": "cosine"}, "not one of logit-normal, uniform"),
         ({"dtype": "float16"}, "no dtype to train in"),
-        ({"settings": (("dense_steps", "2"),)}, "there are no steps in training"),
+        ({"settings": (("dense_steps", "2"),)}, "give dense_fraction, the part of a run"),
+        ({"settings": (("dense_last_steps", "1"),)}, "there are no steps in training"),
+        ({"settings": (("dense_fraction", "1"),)}, "leaves no noise level to the mask"),
         ({"settings": (("dense_blocks", "3"),)}, "leaves none of the 3 blocks"),
         ({"settings": (("blok", "3"),)}, "did you mean block?"),
         ({"added": True}, "no projections of text"),
