@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import diffctrl
 from diffctrl.drawing.hunt import PipelineSampler
+from diffctrl.families import Site
 from diffctrl.processors import NeutralAttnProcessor, SoftPAGAttnProcessor
 from diffctrl.processors.universe import universe_of
 from diffctrl.softpag import Head
@@ -39,15 +41,27 @@ def on_card(value: Any) -> Any:
     return type(value)(map(on_card, value)) if isinstance(value, (list, tuple)) else value
 
 
+class NeutralThere(NeutralAttnProcessor):
+    """The neutral control where another one is: elsewhere stock's own kernels run."""
+
+    def __init__(self, other: SoftPAGAttnProcessor) -> None:
+        super().__init__()
+        self.other = other
+
+    def select(self, sites: Sequence[Site]) -> list[Site]:
+        return self.other.select(sites)
+
+
 @pytest.mark.parametrize("name", ["sd3.5", "flux", "sdxl", "wan"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_strength_is_stock_and_modes_agree(name: str, dtype: torch.dtype) -> None:
     model = build(name, dtype=dtype).cuda()
     inputs = on_card(example(name, model))
     stock = run(model, inputs)
-    with diffctrl.apply(model, NeutralAttnProcessor()):
+    without = SoftPAGAttnProcessor(u=0.0)
+    with diffctrl.apply(model, NeutralThere(without)):
         neutral = run(model, inputs)
-    with diffctrl.apply(model, SoftPAGAttnProcessor(u=0.0)):
+    with diffctrl.apply(model, without):
         assert torch.equal(run(model, inputs), neutral)
     # The fused QK norm adds a row's squares in another order than stock.
     bound = 1e-5 if dtype == torch.float32 else 0.02
