@@ -54,7 +54,7 @@ OnProgress = Callable[[Progress], None]
 class _Run:
     """What processors take for the scheduler: a batch's noise levels are a step of a long run."""
 
-    step_index: int = 0
+    step_index: int = _MARKS - 1
     timesteps: range = range(_MARKS)
 
 
