@@ -8,9 +8,10 @@ from typing import Any
 
 from diffctrl.radial import RadialConfig
 
-# What makes the mask. A LoRA also keeps `DENSE`, the part of a run whose noise levels it was trained on with
-# dense attention; files of before may be without. That is a default and no more: dense steps are the user's.
+# The part of a run whose noise levels a LoRA was trained on with dense attention; older files do not say. A
+# default and no more: another number of dense steps is no other mask.
 DENSE = "dense_fraction"
+# What makes the mask.
 MASK_FIELDS = (
     "pattern",
     "block_rule",
