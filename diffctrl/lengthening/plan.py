@@ -26,6 +26,7 @@ _ENCODED_TOGETHER = 4
 _GENERATED = 2000
 # The first two blocks stay dense: the best of 0, 1, 2 and 3 in the paper's ablation.
 DENSE_BLOCKS = 2
+_MOST_DENSE = 0.95  # of a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,8 +306,11 @@ def _mask(request: TrainRequest) -> dict[str, Any] | None:
                 f"--set {name}: there are no steps in training, but noise levels; give {DENSE}, the part of "
                 "a run that starts dense"
             )
-    if config.dense_fraction == 1.0:
-        raise BadRequestError(f"--set {DENSE}=1 leaves no noise level to the mask; give --method dense")
+    if (config.dense_fraction or 0.0) > _MOST_DENSE:
+        raise BadRequestError(
+            f"--set {DENSE}={config.dense_fraction:g} leaves no noise level to the mask; give at most "
+            f"{_MOST_DENSE}, or --method dense"
+        )
     pattern, dense = resolve(config, preset("wan", frames=1, tuned=True))
     made = {**asdict(pattern), "dense_blocks": first(config.dense_blocks, DENSE_BLOCKS)}
     return {**{name: made[name] for name in MASK_FIELDS}, DENSE: dense.fraction}

@@ -31,7 +31,7 @@ from diffctrl.pipelines.length import adapted, base_of
 from diffctrl.processors import RadialAttnProcessor
 
 ADAPTER = "length"
-# Marks between the first and the last noise level: they tell levels apart as finely as a dense part is given.
+# Steps of the run that a training stands for: the first is dense if any is, the last never (`plan._mask`).
 _MARKS = 1000
 _CLIP_NORM = 1.0
 _DECAY = 0.01
@@ -212,7 +212,7 @@ class Training:
         left_out = [float(torch.rand((), generator=draw)) < plan.empty_share for draw in draws]
         clean, text = self.clips.batch([self._clip(place) for place in places], left_out)
         uniform = torch.stack([torch.rand((), generator=draw) for draw in draws])
-        level = self._level(uniform, step)
+        level, self._run.step_index = self._levels(uniform, step)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws])
         level = self.model.shift * level / (1 + (self.model.shift - 1) * level)
         device = self.accelerator.device
@@ -222,8 +222,8 @@ class Training:
         found = self.model.call(wrapped, noisy, level, text)
         return (found.float() - (noise - clean)).square().mean()
 
-    def _level(self, uniform: Tensor, step: int) -> Tensor:
-        """Noise levels (B,) before the model's shift, from uniform draws, and what attention they call for.
+    def _levels(self, uniform: Tensor, step: int) -> tuple[Tensor, int]:
+        """Noise levels (B,) before the model's shift, from uniform draws, and where in a `_Run` they are.
 
         A run meets its highest levels in its dense steps. An update has levels of these alone or of the
         others alone, as often as the distribution of levels has them; which, follows from seed and step.
@@ -235,10 +235,10 @@ class Training:
         below = float(below if plan.sampling == "uniform" else torch.special.ndtr(below.logit()))
         draw = torch.Generator().manual_seed(_mixed(plan.seed, -(1 << 32) - step))
         if float(torch.rand((), generator=draw)) < below:
-            quantile, self._run.step_index = uniform * below, _MARKS - 1
+            quantile, mark = uniform * below, _MARKS - 1
         else:
-            quantile, self._run.step_index = below + uniform * (1.0 - below), 0
-        return quantile if plan.sampling == "uniform" else torch.special.ndtri(quantile).sigmoid()
+            quantile, mark = below + uniform * (1.0 - below), 0
+        return (quantile if plan.sampling == "uniform" else torch.special.ndtri(quantile).sigmoid()), mark
 
     def rate(self, step: int) -> float:
         """The learning rate: a linear warm-up, then half a cosine down to zero."""

@@ -206,10 +206,11 @@ def test_levels_of_dense_steps_are_apart_and_as_frequent_as_before(
     draw = torch.Generator().manual_seed(0)
     levels, starts = [], []
     for number in range(1500):
-        levels.append(run._level(torch.rand(4, generator=draw), number))
-        starts.append(run._run.step_index == 0)
+        found, mark = run._levels(torch.rand(4, generator=draw), number)
+        levels.append(found)
+        starts.append(mark == 0)
         assert bool(((levels[-1] > 1 - fraction) == starts[-1]).all())
-    # All levels together are distributed as without dense steps (means of a normal's logits: 0 and 1).
+    # All levels together are distributed as without dense steps; the logits of logit-normal ones are normal.
     pooled = torch.cat(levels)
     found = pooled if sampling == "uniform" else pooled.logit()
     mean, std = (0.5, 12**-0.5) if sampling == "uniform" else (0.0, 1.0)
@@ -233,10 +234,7 @@ def test_highest_levels_are_trained_dense_and_the_others_under_the_mask(model: P
     mask = run.plan.mask or {}
     dense = losses(RadialAttnProcessor(dense_fraction=1.0))
     sparse = losses(RadialAttnProcessor(**{**mask, "dense_fraction": 0.0}, dense_last_steps=0))
-    starts = []
-    for number in numbers:
-        run._level(torch.zeros(1), number)
-        starts.append(run._run.step_index == 0)
+    starts = [run._levels(torch.zeros(1), number)[1] == 0 for number in numbers]
     assert set(starts) == {False, True}
     wanted = [d if start else s for d, s, start in zip(dense, sparse, starts, strict=True)]
     assert losses(None) == pytest.approx(wanted, rel=1e-5)
@@ -534,6 +532,7 @@ def test_faulty_lists_of_clips(model: Path, tmp_path: Path, index: str, says: st
         ({"settings": (("dense_steps", "2"),)}, "give dense_fraction, the part of a run"),
         ({"settings": (("dense_last_steps", "1"),)}, "there are no steps in training"),
         ({"settings": (("dense_fraction", "1"),)}, "leaves no noise level to the mask"),
+        ({"settings": (("dense_fraction", "0.9995"),)}, "give at most 0.95"),
         ({"settings": (("dense_blocks", "3"),)}, "leaves none of the 3 blocks"),
         ({"settings": (("blok", "3"),)}, "did you mean block?"),
         ({"added": True}, "no projections of text"),
@@ -594,12 +593,13 @@ def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.slow
 def test_a_step_is_the_same_in_two_processes(model: Path, tmp_path: Path) -> None:
-    whole = train(plan_of(tmp_path / "one", model, steps=3))
+    settings = (*SETTINGS, ("dense_fraction", "0.5"))
+    whole = train(plan_of(tmp_path / "one", model, steps=3, settings=settings))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517, "-m",
         "diffctrl", "train-length-lora", "--model", model, "--out", tmp_path / "two", "--frames", 33,
-        "--clips", 5, "--set", "block=16", "--rank", 4, "--steps", 3, "--learning-rate", 1e-3,
-        "--warmup-steps", 2, "--device", "cpu",
+        "--clips", 5, "--set", "block=16", "--set", "dense_fraction=0.5", "--rank", 4,
+        "--steps", 3, "--learning-rate", 1e-3, "--warmup-steps", 2, "--device", "cpu",
     ]  # fmt: skip
     subprocess.run([str(w) for w in command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     path = tmp_path / "two" / whole.name
