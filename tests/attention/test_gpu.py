@@ -25,7 +25,7 @@ pytestmark = [
 
 BF16 = torch.bfloat16
 LISTS = ("flash4", "triton", "flex", "gathered")
-WITH_BACKWARD = ("flash4", "flex", "gathered")
+WITH_BACKWARD = ("flash4", "flex", "triton", "gathered")
 WITH_RULES = ("flex", "gathered")
 DENSE = ("flash4", "cudnn", "sdpa")
 
@@ -215,13 +215,26 @@ def test_all_blocks_equal_dense_attention(kernel):
     assert_matches(*attend(*inputs, mask=mask, kernel=kernel, return_lse=True), reference(*inputs))
 
 
+GRADIENTS = {
+    "dim 64": (64, 3, (128, 128), {}),
+    "dim 128": (128, 3, (128, 128), {}),
+    "blocks of 32": (32, 3, (32, 32), {}),
+    "blocks of 16": (64, 3, (16, 16), {}),
+    "fine keys, grouped": (128, 1, (128, 64), {}),
+    "dim 72, row lengths": (72, 3, (64, 64), {"n_valid": [700]}),
+    "empty rows": (64, 3, (64, 64), {"density": 0.05, "allow_empty": True}),
+}
+
+
+# flex compiles for each kind of mask and head dim.
 @pytest.mark.parametrize(
-    ("kernel", "dim"), [(k, d) for k in WITH_BACKWARD for d in (64, 128) if (k, d) != ("flex", 64)]
+    ("kernel", "case"), [(k, c) for k in WITH_BACKWARD for c in GRADIENTS if k != "flex" or c == "dim 128"]
 )
-def test_gradients_over_lists(kernel, dim):
+def test_gradients_over_lists(kernel, case):
+    dim, kv_heads, block, options = GRADIENTS[case]
     lengths = (1001, 1001)
-    mask = random_lists((128, 128), lengths, density=0.4, heads=3)
-    inputs = cuda_inputs(1, 3, 3, lengths, dim, requires_grad=True)
+    mask = random_lists(block, lengths, **{"density": 0.4, "heads": 3, **options})
+    inputs = cuda_inputs(1, 3, kv_heads, lengths, dim, requires_grad=True)
     usable(kernel, inputs, mask, grad=True)
     direction = torch.randn(1, 1001, 3, dim, device="cuda")
     exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
@@ -233,9 +246,10 @@ def test_gradients_over_lists(kernel, dim):
         assert float((one.double().cpu() - two).norm() / two.norm()) < 2e-2
 
 
-def test_deterministic_gradients_go_past_flash4():
+@pytest.mark.parametrize(("block", "allowed"), [(128, {"flex", "gathered"}), (32, {"triton", "gathered"})])
+def test_deterministic_gradients_go_past_flash4(block, allowed):
     inputs = cuda_inputs(1, 3, 3, (700, 700), 128, requires_grad=True)
-    mask = random_lists((128, 128), (700, 700), density=0.4, heads=3)
+    mask = random_lists((block, block), (700, 700), density=0.4, heads=3)
     direction = torch.ones(1, 700, 3, 128, device="cuda", dtype=BF16)
     stats = EngineStats()
     torch.use_deterministic_algorithms(True)
@@ -245,7 +259,7 @@ def test_deterministic_gradients_go_past_flash4():
         ]
     finally:
         torch.use_deterministic_algorithms(False)
-    assert set(stats.calls) <= {"flex", "gathered"}
+    assert set(stats.calls) <= allowed
     assert all(torch.equal(one, two) for run in runs[1:] for one, two in zip(run, runs[0], strict=True))
 
 

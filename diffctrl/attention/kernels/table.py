@@ -31,7 +31,7 @@ from .base import Request
 
 # Names of `chain.KERNEL_MODULES`. The chain takes the first that can and passes its self-test.
 LISTS = ("flash4", "triton", "flex", "gathered")
-BACKWARD = ("flash4", "flex", "gathered")
+BACKWARD = ("flash4", "flex", "triton", "gathered")
 DENSE = ("flash4", "cudnn", "sdpa")
 DENSE_SHORT = ("cudnn", "sdpa")
 

@@ -1,5 +1,5 @@
-"""Block-sparse attention in Triton over per-(batch row, head) key block lists: bf16 and fp16, forward, sm80
-and newer.
+"""Block-sparse attention in Triton over per-(batch row, head) key block lists: bf16 and fp16, sm80 and newer,
+with a backward (`triton_grad`).
 
 The host side: which variant and tile (a static table, never timed in the user's process: another winner would
 mean another rounding and so other latents for the same seed) and the launch. The device code is
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..lists import BlockLists
 from .base import Operands, Request
-from .triton_runtime import arch_of, interpreted, with_triton
+from .triton_grad import LARGEST_HEAD_DIM, gradients
+from .triton_runtime import arch_of, interpreted, on_device, power_of_two_divisor, with_triton
 
 _LOG2E = math.log2(math.e)
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -97,8 +98,8 @@ class TritonListsKernel:
             return "was not measured on ROCm"
         if request.dtype not in _DTYPES:
             return f"takes bfloat16 and float16, not {request.dtype}"
-        if request.needs_grad:
-            return "has no backward"
+        if request.needs_grad and request.head_dim > LARGEST_HEAD_DIM:
+            return f"has a backward for head dims up to {LARGEST_HEAD_DIM}, not {request.head_dim}"
         if request.rule is not None:
             return f"has no element rules, the mask has partial blocks with rule {request.rule!r}"
         if request.head_dim % 8 or not 16 <= request.head_dim <= 256:
@@ -108,6 +109,20 @@ class TritonListsKernel:
         return None
 
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if request.needs_grad:
+            query, key, value = operands.query, operands.key, operands.value
+            out, lse = _Differentiable.apply(query, key, value, operands, request, self)
+            return out, lse if request.needs_lse else None
+        return self.forward(request, operands)
+
+    def backward(
+        self, operands: Operands, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of query, key and value from what the forward returned."""
+        return gradients(operands, grad, out, lse)
+
+    def forward(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Without gradients."""
         mask, device = operands.mask, operands.query.device
         assert mask is not None
         if mask.n_valid is not None:  # a loop over the list in the kernel would keep it from specialising
@@ -122,6 +137,28 @@ class TritonListsKernel:
             lists.block, operands.scale, request.needs_lse, self.variant,
         )  # fmt: skip
         return out, lse if request.needs_lse else None
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operands: Operands,
+        request: Request, kernel: TritonListsKernel,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        out, lse = kernel.forward(replace(request, needs_lse=True), operands)
+        assert lse is not None
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale, ctx.mask, ctx.kernel = operands.scale, operands.mask, kernel
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("Block-sparse attention has first-order gradients only: no create_graph=True.")
+        query, key, value, out, lse = ctx.saved_tensors
+        operands = Operands(query, key, value, ctx.scale, ctx.mask)
+        return *ctx.kernel.backward(operands, grads[0], out, lse), None, None, None
 
 
 def heavy_first(mask: BlockLists, heads: int, device: torch.device) -> torch.Tensor | None:
@@ -211,7 +248,7 @@ def launch(
     scalars = (scale * _LOG2E, *(s // unit for s in strides), indices.shape[3], q_len, k_len, heads)
     small = max(strides) < 2**31
     cache_key = (query.device.index, query.dtype, variant, consts) if small and not misaligned % 16 else None
-    with _on(query.device), _scratch(query.device, variant):
+    with on_device(query.device), _scratch(query.device, variant):
         _enqueue(variant, cache_key, grid, (*tensors, *scalars, *consts))
     return out, lse
 
@@ -255,16 +292,12 @@ def _tiles(block: tuple[int, int], k_len: int, dim: int, variant: Variant) -> tu
     """(DP, BM, QSUB, BN, SPLIT): a program takes BM = bq / QSUB rows, a list entry has SPLIT tiles of BN
     keys."""
     bq, bk = block
-    rows = _power_of_two_divisor(bq, variant.rows)
+    rows = power_of_two_divisor(bq, variant.rows)
     limit = variant.tile
     while limit > k_len:  # a tile must fit into the keys: its loads carry no mask
         limit //= 2
-    columns = _power_of_two_divisor(bk, limit)
+    columns = power_of_two_divisor(bk, limit)
     return max(16, 1 << (dim - 1).bit_length()), rows, bq // rows, columns, bk // columns
-
-
-def _power_of_two_divisor(number: int, limit: int) -> int:
-    return min(number & -number, limit)
 
 
 def _padded(
@@ -277,13 +310,6 @@ def _padded(
         n_valid = torch.full((key.shape[0],), k_len, dtype=torch.int32, device=key.device)
     key, value = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 16 - k_len)) for t in (key, value))
     return launch(query, key, value, counts, indices, n_valid, *rest)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 class Scratch:

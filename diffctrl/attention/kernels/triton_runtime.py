@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -28,3 +30,15 @@ def arch_of(device: torch.device) -> int:
 def _arch(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return major * 10 + minor
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def power_of_two_divisor(number: int, limit: int) -> int:
+    """The largest power of two that divides `number`, at most `limit`, itself a power of two."""
+    return min(number & -number, limit)
