@@ -1,8 +1,7 @@
 """The training of a length LoRA: the base model's own objective, under the radial mask, forward and backward.
 
-Source: section 4.3 of arXiv 2506.19852; its code was not published. Everything that is drawn (order, noise,
-levels, left-out captions) follows from the seed and the step alone, so that a killed training goes on to the
-same weights.
+Source: section 4.3 of arXiv 2506.19852; its code was not published. Everything that is drawn (`batches.py`)
+follows from the seed and the step alone, so that a killed training goes on to the same weights.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from diffctrl import processes
 from diffctrl.drawing import environment
 from diffctrl.errors import BadRequestError
 from diffctrl.length import LengthLoRA, Loaded, mark, unmark, write
+from diffctrl.lengthening.batches import MARKS, Batches
 from diffctrl.lengthening.checkpoints import Checkpoints
 from diffctrl.lengthening.encoded import EncodedClips
 from diffctrl.lengthening.log import Log
@@ -31,8 +31,6 @@ from diffctrl.pipelines.length import adapted, base_of
 from diffctrl.processors import RadialAttnProcessor
 
 ADAPTER = "length"
-# Steps of the run that a training stands for: the first is dense if any is, the last never (`plan._mask`).
-_MARKS = 1000
 _CLIP_NORM = 1.0
 _DECAY = 0.01
 
@@ -54,8 +52,8 @@ OnProgress = Callable[[Progress], None]
 class _Run:
     """What processors take for the scheduler: a batch's noise levels are a step of a long run."""
 
-    step_index: int = _MARKS - 1
-    timesteps: range = range(_MARKS)
+    step_index: int = MARKS - 1
+    timesteps: range = range(MARKS)
 
 
 def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> Path:
@@ -140,7 +138,9 @@ class Training:
         )  # fmt: skip
         self._run = _Run()
         self._moments = {name: _moments(self.optimizer, value) for name, value in self.adapter.items()}
-        self._orders: dict[int, list[int]] = {}
+        self.batches = Batches(
+            plan, clips, shift=model.shift, rank=accelerator.process_index, world=accelerator.num_processes
+        )
 
     def run(self, on_progress: OnProgress) -> Path:
         """All steps that are left, then the LoRA's file."""
@@ -203,42 +203,14 @@ class Training:
 
     def loss(self, step: int, part: int, wrapped: Any) -> Tensor:
         """The base model's objective on one batch: mean square of the error of the velocity e - x_0."""
-        plan, rank = self.plan, self.accelerator.process_index
-        world = self.accelerator.num_processes
-        first = ((step * plan.accumulate + part) * world + rank) * plan.batch
-        places = range(first, first + plan.batch)
-        # Of each sample by its place, on the CPU: the same noise in any batch, on any number of devices.
-        draws = [torch.Generator().manual_seed(_mixed(plan.seed, place)) for place in places]
-        left_out = [float(torch.rand((), generator=draw)) < plan.empty_share for draw in draws]
-        clean, text = self.clips.batch([self._clip(place) for place in places], left_out)
-        uniform = torch.stack([torch.rand((), generator=draw) for draw in draws])
-        level, self._run.step_index = self._levels(uniform, step)
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws])
-        level = self.model.shift * level / (1 + (self.model.shift - 1) * level)
+        batch = self.batches.take(step, part)
+        self._run.step_index = batch.mark
         device = self.accelerator.device
-        clean, noise, level = (value.to(device).float() for value in (clean, noise, level))
-        text = {name: value.to(device) for name, value in self.model.trimmed(text).items()}
+        clean, noise, level = (x.to(device).float() for x in (batch.clean, batch.noise, batch.level))
+        text = {name: value.to(device) for name, value in self.model.trimmed(batch.text).items()}
         noisy = torch.lerp(clean, noise, level[:, None, None, None, None])
         found = self.model.call(wrapped, noisy, level, text)
         return (found.float() - (noise - clean)).square().mean()
-
-    def _levels(self, uniform: Tensor, step: int) -> tuple[Tensor, int]:
-        """Noise levels (B,) before the model's shift, from uniform draws, and where in a `_Run` they are.
-
-        A run meets its highest levels in its dense steps. An update has levels of these alone or of the
-        others alone, as often as the distribution of levels has them; which, follows from seed and step.
-        """
-        plan = self.plan
-        highest = 1.0 - (plan.mask or {}).get("dense_fraction", 0.0)
-        # The share of the levels below; logit-normal levels are sigmoids of normal draws.
-        below = torch.tensor(highest, dtype=torch.float64)
-        below = float(below if plan.sampling == "uniform" else torch.special.ndtr(below.logit()))
-        draw = torch.Generator().manual_seed(_mixed(plan.seed, -(1 << 32) - step))
-        if float(torch.rand((), generator=draw)) < below:
-            quantile, mark = uniform * below, _MARKS - 1
-        else:
-            quantile, mark = below + uniform * (1.0 - below), 0
-        return (quantile if plan.sampling == "uniform" else torch.special.ndtri(quantile).sigmoid()), mark
 
     def rate(self, step: int) -> float:
         """The learning rate: a linear warm-up, then half a cosine down to zero."""
@@ -273,15 +245,6 @@ class Training:
             base=self.base,
             training=training,
         )
-
-    def _clip(self, place: int) -> int:
-        """The clip at a place of the endless sequence: each epoch has all of them in an order of its own."""
-        epoch, index = divmod(place, len(self.clips))
-        if epoch not in self._orders:
-            draw = torch.Generator().manual_seed(_mixed(self.plan.seed, -1 - epoch))
-            order = torch.randperm(len(self.clips), generator=draw).tolist()
-            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
-        return self._orders[epoch][index]
 
     def _state(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"lora.{name}": value for name, value in self.adapter.items()}
@@ -328,8 +291,3 @@ def _moments(optimizer: torch.optim.AdamW, value: nn.Parameter) -> dict[str, Ten
         "exp_avg_sq": torch.zeros_like(value),
     }
     return optimizer.state[value]
-
-
-def _mixed(seed: int, number: int) -> int:
-    """A seed of its own for each (seed, number)."""
-    return (seed * 0x9E3779B97F4A7C15 + number * 0xC2B2AE3D27D4EB4F + 0x165667B1) % 2**63

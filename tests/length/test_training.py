@@ -27,6 +27,7 @@ from diffctrl.errors import BadRequestError
 from diffctrl.families import Call, Site
 from diffctrl.length import read
 from diffctrl.lengthening import plan as planning
+from diffctrl.lengthening.batches import Batch, Batches
 from diffctrl.lengthening.checkpoints import Checkpoints
 from diffctrl.lengthening.encoded import EncodedClips
 from diffctrl.lengthening.plan import TrainPlan, TrainRequest
@@ -206,7 +207,7 @@ def test_levels_of_dense_steps_are_apart_and_as_frequent_as_before(
     draw = torch.Generator().manual_seed(0)
     levels, starts = [], []
     for number in range(1500):
-        found, mark = run._levels(torch.rand(4, generator=draw), number)
+        found, mark = run.batches.levels(torch.rand(4, generator=draw), number)
         levels.append(found)
         starts.append(mark == 0)
         assert bool(((levels[-1] > 1 - fraction) == starts[-1]).all())
@@ -234,7 +235,7 @@ def test_highest_levels_are_trained_dense_and_the_others_under_the_mask(model: P
     mask = run.plan.mask or {}
     dense = losses(RadialAttnProcessor(dense_fraction=1.0))
     sparse = losses(RadialAttnProcessor(**{**mask, "dense_fraction": 0.0}, dense_last_steps=0))
-    starts = [run._levels(torch.zeros(1), number)[1] == 0 for number in numbers]
+    starts = [run.batches.levels(torch.zeros(1), number)[1] == 0 for number in numbers]
     assert set(starts) == {False, True}
     wanted = [d if start else s for d, s, start in zip(dense, sparse, starts, strict=True)]
     assert losses(None) == pytest.approx(wanted, rel=1e-5)
@@ -319,15 +320,38 @@ def test_frozen_weights_of_16_bits_and_an_adapter_of_32(model: Path, tmp_path: P
 @settings(max_examples=30, deadline=None)
 @given(count=st.integers(1, 12), seed=st.integers(0, 2**31 - 1))
 def test_each_epoch_has_all_clips_in_an_order_of_its_own(count: int, seed: int) -> None:
-    run = Training.__new__(Training)
-    run.plan, run.clips, run._orders = SimpleNamespace(seed=seed), range(count), {}  # type: ignore[assignment]
-    order = [run._clip(place) for place in range(3 * count)]
+    plan: Any = SimpleNamespace(seed=seed)
+    batches = Batches(plan, range(count), shift=1.0, rank=0, world=1)  # type: ignore[arg-type]
+    order = [batches.clip(place) for place in range(3 * count)]
     for epoch in range(3):
         assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
     places = list(range(0, 3 * count, 2))[::-1]
-    assert [run._clip(place) for place in places] == [order[place] for place in places]
+    assert [batches.clip(place) for place in places] == [order[place] for place in places]
     if count > 8:
         assert order[:count] != order[count : 2 * count]
+
+
+def test_batches_drawn_ahead_are_those_drawn_when_asked_for(model: Path, tmp_path: Path) -> None:
+    run = training(plan_of(tmp_path, model, batch=1, accumulate=2, steps=4))
+
+    def parts(batch: Batch) -> list[Tensor]:
+        return [batch.clean, batch.noise, batch.level, *batch.text.values(), torch.tensor(batch.mark)]
+
+    places = [(step, part) for step in range(4) for part in range(2)]
+    in_order = [parts(run.batches.take(*place)) for place in places]
+    backwards = [parts(run.batches.take(*place)) for place in places[::-1]][::-1]
+    for one, other in zip(in_order, backwards, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    noises = [parts[1] for parts in in_order]
+    assert not any(torch.equal(noises[0], noise) for noise in noises[1:])
+
+
+def test_a_clip_that_cannot_be_read_ends_the_training(model: Path, tmp_path: Path) -> None:
+    run = training(plan_of(tmp_path, model, steps=4))
+    for path in run.clips.folder.glob("block-*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="block-"):
+        run.run(lambda progress: None)
 
 
 # --- trainings in one process -------------------------------------------------------------------------------
