@@ -35,8 +35,9 @@ class GradTiles:
 
 
 def table_tiles(head_dim: int) -> GradTiles:
-    """For every card: no registers spill and 99 KB of shared memory are enough, read from the assembler for sm80
-    and sm90 (tests/attention/test_triton_grad.py). Not yet chosen by time: `scripts/bench/backward.py --tiles`."""
+    """For every card: no registers spill and 99 KB of shared memory are enough, read from the assembler for
+    sm80 and sm90 (tests/attention/test_triton_grad.py). Not yet chosen by time, which
+    `scripts/bench/backward.py --tiles` would tell."""
     return GradTiles() if head_dim <= 64 else GradTiles(tile=32)
 
 
