@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from diffctrl.attention.kernels.base import Operands
 from diffctrl.attention.kernels.reference import KERNEL as REFERENCE
 from diffctrl.attention.kernels.triton_grad import GradTiles, gradients, table_tiles
 from diffctrl.attention.kernels.triton_lists import TritonListsKernel
-from diffctrl.attention.selftest import relative_errors
+from diffctrl.attention.selftest import relative_errors, strided
 from tests.attention.cases import make_inputs, random_lists, seeded
 from tests.triton_kernels import (
     assembled,
@@ -99,6 +100,23 @@ def test_gradients(name, tiles, interpreter):
         silent = other == 0
         assert bool((one[silent] == 0).all())  # keys that nobody lists
         assert float(relative_errors(one, other).max()) < 2e-3
+
+
+@interpreted_only
+def test_strided_inputs_give_the_same_bits(interpreter):
+    mask = random_lists((32, 32), (70, 70), heads=2)
+    inputs = make_inputs(1, 2, 2, (70, 70), 32, dtype=torch.float16)
+    operands = Operands(*inputs, scale=0.2, mask=mask)
+    out, lse = REFERENCE.run(request_for(operands, needs_lse=True), operands)
+    assert lse is not None
+    grad = torch.randn(out.shape, generator=seeded(7)).half()
+    expected = gradients(operands, grad, out, lse)
+    odd = torch.cat([inputs[0], inputs[0][..., :1]], -1)[..., :32]  # no stride is a multiple of 8 elements
+    others = [replace(strided(operands), query=query) for query in (strided(operands).query, odd)]
+    slices = torch.cat([grad, grad], 1)[:, :70]
+    for other in (*others, replace(operands, value=inputs[2].transpose(2, 3).contiguous().transpose(2, 3))):
+        found = gradients(other, slices, out, lse)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @interpreted_only
