@@ -54,7 +54,7 @@ _CLOSE = 2.0  # points that the radial LoRA may be behind the dense one
 
 def main(arguments: list[str] | None = None) -> list[Figure]:
     """Entry point; `arguments` as on the command line. Returns the figures."""
-    return measured(_parser(), arguments, _make_quick, _measure)
+    return measured(_parser(), arguments, make_quick, _measure)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _make_quick(options: argparse.Namespace, folder: Path) -> None:
+def make_quick(options: argparse.Namespace, folder: Path) -> None:
     """A tiny model with random weights, and LoRAs of two steps for it."""
     from diffctrl.lengthening.plan import TrainRequest, make
     from diffctrl.lengthening.train import train

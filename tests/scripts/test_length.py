@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from diffctrl.scripts import evaluate_length
+from diffctrl.drawing.source import ModelSource
+from diffctrl.pipelines.length_models import WanVelocity
+from diffctrl.scripts import evaluate_length, evaluate_length_error
 from diffctrl.scripts.bench import length as bench_length
 from diffctrl.scripts.bench.forwards import Times
 from diffctrl.scripts.evaluate_length import BASE, DENSE, MASKED, RADIAL, _figures
@@ -95,6 +100,40 @@ def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert "density 0.9" in sparse["note"]
     assert found["loras"]["radial"]["steps"] == 2
     assert str(tmp_path.parent) not in json.dumps(found["loras"])
+
+
+def test_the_error_of_a_level_is_that_of_its_attention(tmp_path: Path) -> None:
+    """Dense where the LoRA's runs are, and under its mask elsewhere."""
+    options = argparse.Namespace()
+    evaluate_length.make_quick(options, tmp_path)
+    options.n, options.batch = 2, 1
+    pipe = ModelSource.find(options.model).load(torch.float32)
+    model = WanVelocity(pipe, 32)
+    samples = evaluate_length_error._samples(model, options, ("wall",), 33, 32, torch.device("cpu"))
+    masked = evaluate_length_error.Subject.of(options.radial)
+    assert masked.name == "radial"
+    dense = replace(masked, lora=replace(masked.lora, method="dense", radial=None))
+
+    def errors(subject: evaluate_length_error.Subject, part: float) -> list[float]:
+        return evaluate_length_error._errors(model, subject, samples, part, 0.5)
+
+    assert len(errors(dense, 0.5)) == 2
+    assert errors(masked, 0.02) == errors(dense, 0.02) == errors(dense, 0.5)
+    assert masked.is_dense(0.02)
+    assert errors(masked, 0.5) != errors(dense, 0.5)
+    assert not masked.is_dense(0.5)
+
+
+def test_errors_by_level_are_written_and_drawn(tmp_path: Path) -> None:
+    picture, out = tmp_path / "error.png", tmp_path / "error.json"
+    evaluate_length_error.main(["--quick", "--out", str(out), "--picture", str(picture)])
+    assert Image.open(picture).width > 500
+    figures = json.loads(out.read_text())["figures"]
+    assert len(figures) == 3 * len(evaluate_length_error.PARTS)
+    ratio, error, other = figures[-1], figures[-3], figures[-2]
+    assert ratio["name"] == "0.9 of the run: radial over dense"
+    assert ratio["note"] == "noise level 0.250, 2 clips, under the mask"
+    assert ratio["value"] == pytest.approx(error["value"] / other["value"], rel=1e-2)
 
 
 def test_without_weights_or_loras_it_says_what_to_do(
