@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ..lists import BlockLists
 from ..rules import Rule
 from .base import Operands, Request
+from .differentiable import differentiable
 from .gathered_plan import Chunk, PlanKey, make_plan
 from .inner import attention_with_lse
 
@@ -37,10 +38,13 @@ class GatheredKernel:
         return None
 
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mask = operands.mask
-        assert mask is not None
-        out, lse = _Gathered.apply(operands.query, operands.key, operands.value, mask, operands.scale)
+        out, lse = differentiable(self, request, operands)
         return out, lse.float() if request.needs_lse else None
+
+    def forward(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without gradients; lse in fp64 for fp64 inputs."""
+        assert operands.mask is not None
+        return gathered_forward(operands.query, operands.key, operands.value, operands.mask, operands.scale)
 
     def backward(
         self, operands: Operands, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
@@ -49,25 +53,6 @@ class GatheredKernel:
         assert operands.mask is not None
         q, k, v = operands.query, operands.key, operands.value
         return gathered_backward(q, k, v, operands.mask, operands.scale, grad, out, lse)
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockLists, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = gathered_forward(query, key, value, mask, scale)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.mask, ctx.scale = mask, scale
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # create_graph; `once_differentiable` drops the second order in cases
-            raise RuntimeError("Block-sparse attention has first-order gradients only: no create_graph=True.")
-        query, key, value, out, lse = ctx.saved_tensors
-        return *gathered_backward(query, key, value, ctx.mask, ctx.scale, grads[0], out, lse), None, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_lists_jit import list_row
+
 # Launch arguments that vary from call to call; see `triton_lists_jit`, for UNIT as well.
 _RUNTIME = [
     "scale", "scale_log2", "s_qb", "s_qs", "s_qh", "s_kb", "s_ks", "s_kh", "s_vb", "s_vs", "s_vh",
@@ -31,17 +33,6 @@ def _listed(idx, count, first, BLOCK: tl.constexpr, TILE: tl.constexpr):
     there = place < count * BLOCK
     entry = tl.load(idx + place // BLOCK, mask=there, other=0)
     return entry * BLOCK + place % BLOCK, there
-
-
-@triton.jit
-def _list_row(block, b, h, heads, n_lists, BATCH_LISTS: tl.constexpr, HEAD_LISTS: tl.constexpr):
-    """Which list: of block `block`, of this batch row and head where they have their own."""
-    row = block
-    if HEAD_LISTS:
-        row += h * n_lists
-    if BATCH_LISTS:
-        row += b * n_lists * (heads if HEAD_LISTS else 1)
-    return row
 
 
 @triton.jit
@@ -92,7 +83,7 @@ def grad_query(
     s_kb, s_ks, s_kh = s_kb * UNIT, s_ks * UNIT, s_kh * UNIT
     s_vb, s_vs, s_vh = s_vb * UNIT, s_vs * UNIT, s_vh * UNIT
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = _list_row(block // (BQ // BM), b, h, heads, tl.cdiv(q_len, BQ), BATCH_LISTS, HEAD_LISTS)
+    row = list_row(block // (BQ // BM), b, h, heads, tl.cdiv(q_len, BQ), BATCH_LISTS, HEAD_LISTS)
     count = tl.load(counts + row)
     idx = indices + row.to(tl.int64) * width
     limit = k_len
@@ -153,7 +144,7 @@ def grad_key_value(
     acc_v = tl.zeros([BN, DP], tl.float32)
     for g in range(0, GROUP):
         h = kv_head * GROUP + g
-        row = _list_row(block // (BK // BN), b, h, heads, tl.cdiv(k_len, BK), BATCH_LISTS, HEAD_LISTS)
+        row = list_row(block // (BK // BN), b, h, heads, tl.cdiv(k_len, BK), BATCH_LISTS, HEAD_LISTS)
         count = tl.load(counts + row)
         idx = indices + row.to(tl.int64) * width
         q_base = q + b64 * s_qb + h.to(tl.int64) * s_qh

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..lists import BlockLists
 from .base import Operands, Request
+from .differentiable import differentiable
 from .triton_grad import LARGEST_HEAD_DIM, gradients
 from .triton_runtime import arch_of, interpreted, on_device, power_of_two_divisor, with_triton
 
@@ -110,10 +111,10 @@ class TritonListsKernel:
 
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
         if request.needs_grad:
-            query, key, value = operands.query, operands.key, operands.value
-            out, lse = _Differentiable.apply(query, key, value, operands, request, self)
-            return out, lse if request.needs_lse else None
-        return self.forward(request, operands)
+            out, lse = differentiable(self, request, operands)
+        else:
+            out, lse = self.forward(request, operands)
+        return out, lse if request.needs_lse else None
 
     def backward(
         self, operands: Operands, grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
@@ -121,8 +122,8 @@ class TritonListsKernel:
         """Gradients of query, key and value from what the forward returned."""
         return gradients(operands, grad, out, lse)
 
-    def forward(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Without gradients."""
+    def forward(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without gradients; lse is empty where nobody wants it."""
         mask, device = operands.mask, operands.query.device
         assert mask is not None
         if mask.n_valid is not None:  # a loop over the list in the kernel would keep it from specialising
@@ -132,33 +133,10 @@ class TritonListsKernel:
         if request.q_len < ORDERED_BELOW:
             key = f"triton order {request.heads}"
             order = mask.cached(device, key, lambda: (heavy_first(mask, request.heads, device),))[0]
-        out, lse = launch(
+        return launch(
             operands.query, operands.key, operands.value, lists.counts, lists.indices, lists.n_valid, order,
             lists.block, operands.scale, request.needs_lse, self.variant,
         )  # fmt: skip
-        return out, lse if request.needs_lse else None
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, operands: Operands,
-        request: Request, kernel: TritonListsKernel,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        out, lse = kernel.forward(replace(request, needs_lse=True), operands)
-        assert lse is not None
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.scale, ctx.mask, ctx.kernel = operands.scale, operands.mask, kernel
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # create_graph
-            raise RuntimeError("Block-sparse attention has first-order gradients only: no create_graph=True.")
-        query, key, value, out, lse = ctx.saved_tensors
-        operands = Operands(query, key, value, ctx.scale, ctx.mask)
-        return *ctx.kernel.backward(operands, grads[0], out, lse), None, None, None
 
 
 def heavy_first(mask: BlockLists, heads: int, device: torch.device) -> torch.Tensor | None:

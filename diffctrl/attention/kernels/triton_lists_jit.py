@@ -27,6 +27,17 @@ _RUNTIME = [
 
 
 @triton.jit
+def list_row(block, b, h, heads, n_lists, BATCH_LISTS: tl.constexpr, HEAD_LISTS: tl.constexpr):
+    """Which list: of block `block`, of this batch row and head where they have their own."""
+    row = block
+    if HEAD_LISTS:
+        row += h * n_lists
+    if BATCH_LISTS:
+        row += b * n_lists * (heads if HEAD_LISTS else 1)
+    return row
+
+
+@triton.jit
 def _place(
     order, heads, n_lists, QSUB: tl.constexpr, BATCH_LISTS: tl.constexpr, HEAD_LISTS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -44,11 +55,7 @@ def _place(
         block = tl.program_id(0)
         h = tl.program_id(1)
         row = block // QSUB
-    if HEAD_LISTS:
-        row += h * n_lists
-    if BATCH_LISTS:
-        row += b * n_lists * (heads if HEAD_LISTS else 1)
-    return b, h, block, row
+    return b, h, block, list_row(row, b, h, heads, n_lists, BATCH_LISTS, HEAD_LISTS)
 
 
 @triton.jit
