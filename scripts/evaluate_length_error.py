@@ -12,6 +12,7 @@ random model.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="shapes-wan", help="embedded video model, or a folder like it")
     parser.add_argument("--lora", default="length-4x", help="name, file or folder")
     parser.add_argument("--against", default="runs/length-dense", help="the LoRA to compare with")
-    parser.add_argument("--form", default="wall", help="of the clips; all: every form")
+    parser.add_argument("--form", default="wall", choices=(*clips.FORMS, "all"), help="of the clips")
     parser.add_argument("--n", type=int, default=24, help="clips")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--device", help="default: cuda where there is one")
@@ -103,6 +104,8 @@ def _make_quick(options: argparse.Namespace, folder: Path) -> None:
 
 
 def _measure(options: argparse.Namespace) -> list[Figure]:
+    if options.picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BadRequestError("--picture needs matplotlib: pip install 'diffctrl[plots]'")
     subjects = [Subject.of(options.lora), Subject.of(options.against)]
     if subjects[0].lora.frames != subjects[1].lora.frames:
         raise BadRequestError("the two LoRAs are for clips of other lengths")

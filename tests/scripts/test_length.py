@@ -127,6 +127,20 @@ def test_the_error_of_a_level_is_that_of_its_attention(tmp_path: Path) -> None:
     assert not masked.is_dense(0.5)
 
 
+def test_unknown_forms_and_missing_plots_are_refused_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments, said in (
+        (["--form", "walls"], "invalid choice: 'walls'"),
+        (["--picture", "a.png"], "diffctrl[plots]"),
+    ):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(SystemExit):
+            evaluate_length_error.main([*arguments, "--lora", "nowhere"])
+        assert said in capsys.readouterr().err
+        monkeypatch.undo()
+
+
 def test_errors_by_level_are_written_and_drawn(tmp_path: Path) -> None:
     picture, out = tmp_path / "error.png", tmp_path / "error.json"
     evaluate_length_error.main(["--quick", "--out", str(out), "--picture", str(picture)])
