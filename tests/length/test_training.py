@@ -337,8 +337,16 @@ def test_batches_drawn_ahead_are_those_drawn_when_asked_for(model: Path, tmp_pat
     def parts(batch: Batch) -> list[Tensor]:
         return [batch.clean, batch.noise, batch.level, *batch.text.values(), torch.tensor(batch.mark)]
 
+    drawn, draw = [], run.batches._draw
+
+    def counted(*place: int) -> Batch:
+        drawn.append(place)
+        return draw(*place)
+
+    run.batches._draw = counted  # type: ignore[method-assign]
     places = [(step, part) for step in range(4) for part in range(2)]
     in_order = [parts(run.batches.take(*place)) for place in places]
+    assert drawn == places  # each once: what is drawn ahead is what is used
     backwards = [parts(run.batches.take(*place)) for place in places[::-1]][::-1]
     for one, other in zip(in_order, backwards, strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
