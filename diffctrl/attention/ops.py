@@ -129,7 +129,10 @@ def attend_backward_op(
         grads = own(operands, grad, out, lse)
     else:
         q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
-        with torch.enable_grad():
+        # An operator runs below autograd, where torch's own kernels leave no graph; opened as
+        # torch.utils.checkpoint opens another key.
+        recorded = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+        with torch.enable_grad(), recorded:
             again, _ = selection.kernel.run(request, Operands(q, k, v, scale, operands.mask))
         grads = torch.autograd.grad(again, (q, k, v), grad)
     dq, dk, dv = (g.contiguous() for g in grads)

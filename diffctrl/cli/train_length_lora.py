@@ -68,6 +68,9 @@ def train_length_lora(
         bool,
         typer.Option("--checkpointing/--no-checkpointing", help="Trade a third more time for memory."),
     ] = True,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks: a minute more at first, faster steps.")
+    ] = False,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     keep: Annotated[int, typer.Option(help="Checkpoints that are left.")] = 2,
     seed: Annotated[int, typer.Option(help="Of weights, order, noise and generated clips.")] = 0,
@@ -105,6 +108,7 @@ def train_length_lora(
                 empty_share=empty_share,
                 sampling=sampling,
                 checkpointing=checkpointing,
+                compile=compile_,
                 checkpoint_every=checkpoint_every,
                 keep=keep,
                 seed=seed,

@@ -77,6 +77,7 @@ class TrainRequest:
     empty_share: float = 0.1
     sampling: str = "logit-normal"
     checkpointing: bool = True
+    compile: bool = False
     checkpoint_every: int = 50
     keep: int = 2
     seed: int = 0
@@ -96,6 +97,7 @@ class TrainPlan:
         batch: clips of one forward, in each process.
         dtype: of the frozen weights; the adapter's are float32.
         checkpointing: whether activations are computed again in the backward pass.
+        compile: whether blocks are compiled. Neither changes what is trained, but for rounding.
         keep: checkpoints that are left.
         max_sequence_length: tokens that captions are padded to, or None for the pipeline's own.
     """
@@ -119,6 +121,7 @@ class TrainPlan:
     empty_share: float
     sampling: str
     checkpointing: bool
+    compile: bool
     checkpoint_every: int
     keep: int
     seed: int
@@ -196,6 +199,7 @@ def make(request: TrainRequest) -> TrainPlan:
         empty_share=request.empty_share,
         sampling=request.sampling,
         checkpointing=request.checkpointing,
+        compile=request.compile,
         checkpoint_every=request.checkpoint_every,
         keep=request.keep,
         seed=request.seed,

@@ -131,6 +131,8 @@ class Training:
         model.transformer.to(accelerator.device)
         if plan.checkpointing:
             model.transformer.enable_gradient_checkpointing()
+        if plan.compile:
+            model.transformer.compile_repeated_blocks()
         model.transformer.train()
         self.optimizer = torch.optim.AdamW(
             self.adapter.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=_DECAY,

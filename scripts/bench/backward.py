@@ -5,7 +5,7 @@
 One forward and one backward of a layer's attention, as a training has them. Each contender's gradients are
 first compared with the fp32 kernel's on the same inputs; one that is wrong is not timed. Rates count useful
 work, 14 * B * H * D * (attended pairs): two products forward, five backward. `--tiles` adds other tiles of
-the Triton backward. `--dry-run`: tiny shapes, on a CPU.
+Triton's passes. `--dry-run`: tiny shapes, on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from diffctrl.attention import BlockLists, EngineStats, attend, chain
 from diffctrl.attention.kernels.base import Operands
 from diffctrl.attention.kernels.triton_grad import GradTiles, gradients
-from diffctrl.attention.kernels.triton_lists import TritonListsKernel
+from diffctrl.attention.kernels.triton_lists import TritonListsKernel, Variant
 from diffctrl.radial import Layout, Pattern, block_lists
 from diffctrl.scripts.bench.harness import (
     Figure,
@@ -57,17 +57,22 @@ SHAPES = (
 )
 DRY_SHAPES = (Shape("tiny", Layout(frames=5, tokens=24), 2, 32, blocks=(16, 32)),)
 TILES = (
-    GradTiles(rows=64, tile=32), GradTiles(rows=64, tile=64), GradTiles(rows=128, tile=64, warps=8),
-    GradTiles(rows=64, tile=64, stages=3), GradTiles(rows=64, tile=128, warps=8), GradTiles(rows=32, tile=64),
-    GradTiles(rows=32, tile=128), GradTiles(rows=32, tile=64, warps=2),
+    GradTiles(rows=64, tile=32), GradTiles(rows=64, tile=64), GradTiles(rows=64, tile=64, stages=3),
+    GradTiles(rows=64, tile=32, warps=2), GradTiles(rows=128, tile=64, warps=8),
+    GradTiles(rows=128, tile=32, warps=8), GradTiles(rows=32, tile=64, warps=2),
+    GradTiles(rows=32, tile=32, warps=2), GradTiles(rows=32, tile=128, warps=2),
+    GradTiles(rows=32, tile=64, warps=2, stages=3), GradTiles(rows=32, tile=64, warps=1),
+    GradTiles(rows=32, tile=32, warps=1),
 )  # fmt: skip
+# Of the forward, with the table's tiles in the backward.
+VARIANTS = (Variant(warps=2), Variant(tile=32, warps=2), Variant(tile=128, warps=2), Variant(tile=32))
 
 
 class _Tiled(TritonListsKernel):
-    """The Triton kernel with other tiles in its backward."""
+    """The Triton kernel with another variant in its forward, or other tiles in its backward."""
 
-    def __init__(self, tiles: GradTiles) -> None:
-        super().__init__()
+    def __init__(self, variant: Variant | None = None, tiles: GradTiles | None = None) -> None:
+        super().__init__(variant)
         self.tiles = tiles
 
     def backward(
@@ -99,9 +104,13 @@ def contenders_of(shape: Shape, device: str, tiles: bool) -> dict[BlockLists | N
         for name in ("gathered",) if device == "cpu" else ("flash4", "flex", "triton", "gathered"):
             call = functools.partial(attend, mask=mask, kernel=name)
             own.append(Contender(f"{name}, blocks of {block}", call, area))
-        for one in TILES if tiles and device == "cuda" else ():
-            label = f"triton r{one.rows}-t{one.tile}-w{one.warps}-s{one.stages}, blocks of {block}"
-            own.append(Contender(label, functools.partial(_run, _Tiled(one), mask), area))
+        kernels: dict[str, TritonListsKernel] = {}
+        if tiles and device == "cuda":
+            kernels = {f"r{t.rows}-t{t.tile}-w{t.warps}-s{t.stages}": _Tiled(tiles=t) for t in TILES}
+            kernels |= {f"forward {variant.label}": _Tiled(variant) for variant in VARIANTS}
+        for name, kernel in kernels.items():
+            call = functools.partial(_run, kernel, mask)
+            own.append(Contender(f"triton {name}, blocks of {block}", call, area))
         found[mask] = own
     return found
 
@@ -186,7 +195,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--tiles", action="store_true", help="also time other tiles of the Triton backward")
+    parser.add_argument("--tiles", action="store_true", help="also time other tiles of the Triton passes")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: does the script run?")
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available() and not options.dry_run

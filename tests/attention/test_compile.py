@@ -49,6 +49,17 @@ def test_three_lists_and_three_sizes_make_two_graphs(grad, passed, sizes, monkey
     assert not rebuilt  # the masks were found again behind their tensors
 
 
+def test_torchs_own_kernels_have_gradients_in_compiled_code():
+    inputs = make_inputs(1, 2, 2, (40, 56), 16, requires_grad=True)
+    layer = torch.compile(lambda *qkv: attend(*qkv, kernel="sdpa"), fullgraph=True, backend="aot_eager")
+    out, expected = layer(*inputs), attend(*inputs)
+    assert torch.equal(out, expected)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    got = torch.autograd.grad(out, inputs, direction)
+    for one, two in zip(got, torch.autograd.grad(expected, inputs, direction), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+
+
 def test_inductor_gives_the_same_bits():
     mask = random_lists((64, 64), (150, 150), heads=2)
     inputs = make_inputs(1, 2, 2, (150, 150), 32)

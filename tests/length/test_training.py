@@ -617,6 +617,18 @@ def test_a_step_is_the_same_in_parts(model: Path, tmp_path: Path) -> None:
     close(load_file(parts), load_file(whole))
 
 
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_step_is_the_same_compiled(model: Path, tmp_path: Path, checkpointing: bool) -> None:
+    torch._dynamo.reset()
+    settings = (*SETTINGS, ("dense_fraction", "0.5"))  # steps under the mask and dense ones
+    changes: dict[str, Any] = {"steps": 3, "sampling": "uniform", "settings": settings}
+    eager = train(plan_of(tmp_path / "a", model, **changes))
+    before = torch._dynamo.utils.counters["frames"]["ok"]
+    compiled = train(plan_of(tmp_path / "b", model, compile=True, checkpointing=checkpointing, **changes))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > before
+    close(load_file(compiled), load_file(eager))
+
+
 def close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, value in found.items():
