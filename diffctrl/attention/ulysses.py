@@ -3,7 +3,8 @@ all.
 
 A block list speaks of the whole sequence, so that it can only be read where the whole sequence is. Before
 attention each device hands its tokens of the others' heads to them and gets the other tokens of its own
-heads, after it the way back.
+heads, after it the way back. Gradients take the same ways. What every device has a copy of (text, parameters)
+gets a part of its gradient on each: their sum is the whole.
 """
 
 from __future__ import annotations
@@ -62,18 +63,13 @@ class Exchange:
             query, key: (B, S, H, D) and (B, S, Hkv, D) of this device.
 
         Raises:
-            ValueError: ring attention, gradients, heads or tokens that do not divide.
+            ValueError: ring attention, heads or tokens that do not divide.
         """
         config = parallel_config.context_parallel_config
         if config.ring_degree > 1:
             raise ValueError(
                 f"ring_degree={config.ring_degree}: in ring attention a device never sees all keys of its "
                 "queries at once, and each turn would need lists of its own; use ulysses_degree alone"
-            )
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
-            raise ValueError(
-                "Attention across devices has no backward here: run under torch.no_grad(), or train without "
-                "context parallelism."
             )
         group = config._ulysses_mesh.get_group()
         devices, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -118,10 +114,8 @@ class Exchange:
         return received.unflatten(0, (devices, -1)).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
     def _all_to_all(self, sent: Tensor, given: list[int], taken: list[int]) -> Tensor:
-        from torch.distributed import _functional_collectives as funcol  # compiled code takes these in
-
-        received = funcol.all_to_all_single(sent.contiguous(), taken, given, self.group)
-        return funcol.wait_tensor(received)
+        received: Tensor = _AllToAll.apply(sent, given, taken, self.group)
+        return received
 
     # --- masks ----------------------------------------------------------------------------------------------
 
@@ -155,6 +149,27 @@ class Exchange:
         valid = mask.new_full((*mask.shape[:3], self.shard.total), mask.dtype == torch.bool)
         parts = mask[..., : self.shard.start], valid, mask[..., self.shard.stop :]
         return torch.cat(parts, dim=-1)
+
+
+class _AllToAll(torch.autograd.Function):
+    """What torch's own collective is differentiable as in some versions only: a gradient goes the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, given: list[int], taken: list[int], group: Any) -> Tensor:
+        ctx.ways = given, taken, group
+        return _exchanged(sent, given, taken, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        given, taken, group = ctx.ways
+        return _exchanged(grads[0], taken, given, group), None, None, None
+
+
+def _exchanged(sent: Tensor, given: list[int], taken: list[int], group: Any) -> Tensor:
+    """Of axis 0, `given[r]` rows to device r and `taken[r]` from it."""
+    from torch.distributed import _functional_collectives as funcol  # compiled code takes these in
+
+    return funcol.wait_tensor(funcol.all_to_all_single(sent.contiguous(), taken, given, group))
 
 
 def _of_heads(lists: BlockLists, heads: slice) -> BlockLists:

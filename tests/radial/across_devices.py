@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,24 @@ def _engine(rank: int) -> list[str]:
     )
     shard = Shard(before, before + share, split)
 
+    def check_gradients(mask: BlockLists | None) -> None:
+        """Of what is split, its own; of what is on every device, parts that add up."""
+        direction = torch.randn(query.shape, generator=torch.Generator().manual_seed(1))
+        inputs = [part.clone().requires_grad_() for part in (query, key, value)]
+        local = [part[:, mine].clone().requires_grad_() for part in (query, key, value)]
+        weight = torch.full((len(mine), 1, 1), 1 / DEVICES)
+        weight[before : before + share] = 1
+        with torch.enable_grad():
+            whole: Any = attend(*inputs, mask=mask)
+            got: Any = attend(*local, mask=mask, parallel_config=config, shard=shard)
+            wanted = torch.autograd.grad(whole, inputs, direction)
+            found = torch.autograd.grad(got, local, direction[:, mine] * weight)
+        for one, two in zip(found, wanted, strict=True):
+            text = torch.cat([one[:, :before], one[:, before + share :]], dim=1)
+            dist.all_reduce(text)
+            one = torch.cat([text[:, :before], one[:, before : before + share], text[:, before:]], dim=1)
+            torch.testing.assert_close(one, two[:, mine], rtol=0, atol=1e-5)
+
     def check(**masks: Any) -> None:
         whole: Any = attend(query, key, value, **masks)
         local = {name: m if name == "mask" else m[..., mine] for name, m in masks.items()}
@@ -78,6 +97,8 @@ def _engine(rank: int) -> list[str]:
         _check("engine, lists on the device", lambda: check(mask=lists.on("cpu"))),
         _check("engine, mask of keys", lambda: check(attn_mask=valid)),
         _check("engine, no mask", lambda: check()),
+        _check("gradients, lists for each head", lambda: check_gradients(lists)),
+        _check("gradients, no mask", lambda: check_gradients(None)),
     ]
 
 
@@ -110,7 +131,16 @@ def _models() -> list[str]:
     made: list[ControlAttnProcessor] = [RadialAttnProcessor(**radial)]
     lines = [_check(name, lambda name=name: _model(name, made)) for name in MODELS]
     both = [*made, SoftPAGAttnProcessor("L1H1", u=0.5, w=2.0)]
-    return [*lines, _check("wan with SoftPAG", lambda: _model("wan", both))]
+    lines.append(_check("wan with SoftPAG", lambda: _model("wan", both)))
+    trained = {
+        "under the mask": RadialAttnProcessor(**radial),
+        "dense": RadialAttnProcessor(dense_fraction=1.0),
+    }
+    for name in ("wan", "hunyuan_video"):
+        for attention, processor in trained.items():
+            check = functools.partial(_gradients, name, processor)
+            lines.append(_check(f"gradients of {name}, {attention}", check))
+    return lines
 
 
 def _model(name: str, processors: list[ControlAttnProcessor]) -> None:
@@ -131,6 +161,31 @@ def _model(name: str, processors: list[ControlAttnProcessor]) -> None:
     assert stats["density"] < 1
     assert not torch.equal(alone, stock)
     torch.testing.assert_close(shared, alone, rtol=0, atol=1e-5)
+
+
+def _gradients(name: str, processor: ControlAttnProcessor) -> None:
+    """Of all parameters, added up over the devices; a loss that each of them has of the gathered output."""
+    model, inputs = build(name), _inputs(name)
+    parameters = dict(model.named_parameters())
+
+    def found() -> dict[str, Tensor]:
+        with torch.enable_grad():
+            out = model(**inputs, return_dict=False)[0]
+            direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+            grads = torch.autograd.grad(out, list(parameters.values()), direction, allow_unused=True)
+        return {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+
+    with diffctrl.apply(model, processor):
+        wanted = found()
+        model.enable_parallelism(
+            config=ContextParallelConfig(ulysses_degree=DEVICES), cp_plan=context_parallel_plan(model)
+        )
+        got = found()
+    assert got.keys() == wanted.keys()
+    largest = max(float(value.norm()) for value in wanted.values())
+    for key, value in got.items():
+        dist.all_reduce(value)
+        assert float((value - wanted[key]).norm()) <= 1e-5 * largest, key
 
 
 def _ring() -> str:
