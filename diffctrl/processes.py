@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
+def count() -> int:
+    """How many ranks were launched together, this one included."""
+    return max(int(os.environ.get(name, "1")) for name in _SIZES)
+
+
 def launched() -> bool:
     """Whether this process is one of several ranks."""
-    return any(int(os.environ.get(name, "1")) > 1 for name in _SIZES)
+    return count() > 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="shapes-wan", help="embedded video model, or a folder like it")
     parser.add_argument("--radial", default="length-4x", help="LoRA trained under the mask: name or file")
     parser.add_argument("--dense", help="LoRA of equal steps trained with dense attention; left out without")
+    parser.add_argument(
+        "--no-base", action="store_true", help="the two LoRAs alone, without base model and short clips"
+    )
     parser.add_argument("--frames", type=int, default=129)
     parser.add_argument("--n", type=int, default=200, help="clips of all forms")
     parser.add_argument("--moves", type=int, default=200, help="clips of straight moves, on top")
@@ -141,7 +144,8 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
             if options.picture is not None and name == ALL:
                 which = telling(suite, options.batch)
                 lines = {one.condition.name: one.clips[which] for one in drawn}
-                lines = {f"{BASE}: {suite.captions[which]}": lines.pop(BASE), **lines}
+                top = next(iter(lines))
+                lines = {f"{top}: {suite.captions[which]}": lines.pop(top), **lines}
                 write_frames(options.picture, lines)
             extra = {"call": call, "dtype": options.dtype, "loras": loras}
             write_report(options.out, TOPIC, figures, seeds=list(_SEEDS.values()), **extra)
@@ -179,14 +183,14 @@ def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition],
         > 1
     ):
         raise BadRequestError("the two LoRAs are not of equal steps, batch and rank")
-    pieces = math.ceil(options.frames / own)
-    conditions = [
-        Condition(name=BASE),
-        Condition(name=MASKED, mask=loras["radial"].mask),
-        Condition(name=RADIAL, lora=paths["radial"], mask=loras["radial"].mask),
-        *([Condition(name=DENSE, lora=paths["dense"])] if "dense" in paths else []),
-        Condition(name=f"{pieces} short clips", short=own),
-    ]
+    mask = loras["radial"].mask
+    conditions = [Condition(name=RADIAL, lora=paths["radial"], mask=mask)]
+    if options.dense:
+        conditions.append(Condition(name=DENSE, lora=paths["dense"]))
+    if not options.no_base:
+        base = [Condition(name=BASE), Condition(name=MASKED, mask=mask)]
+        pieces = math.ceil(options.frames / own)
+        conditions = [*base, *conditions, Condition(name=f"{pieces} short clips", short=own)]
     said = {name: {"summary": lora.summary(), **lora.training} for name, lora in loras.items()}
     return conditions, said
 
@@ -229,7 +233,7 @@ def _claims(suite: str, drawn: dict[str, Drawn]) -> list[Figure]:
             note = "lower end of the first's 95 % interval minus the upper end of the second's"
             room = f"{suite}: {kind}: room between the intervals of {RADIAL} and {name}"
             figures.append(Figure(room, gap, unit="points", bar=_APART if barred else None, note=note))
-    for drift in ("colour_drift", "size_drift"):
+    for drift in ("colour_drift", "size_drift") if BASE in drawn else ():
         value, low, high = paired(*([getattr(r, drift) for r in drawn[n].reads] for n in (RADIAL, BASE)))
         if not math.isnan(value):
             name = f"{suite}: {drift.replace('_', ' ')}: {RADIAL} minus {BASE}"

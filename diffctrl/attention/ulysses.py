@@ -152,7 +152,7 @@ class Exchange:
 
 
 class _AllToAll(torch.autograd.Function):
-    """What torch's own collective is differentiable as in some versions only: a gradient goes the way back."""
+    """torch's own collective has a backward in some versions only. A gradient goes the way back."""
 
     @staticmethod
     def forward(ctx: Any, sent: Tensor, given: list[int], taken: list[int], group: Any) -> Tensor:

@@ -71,6 +71,9 @@ def train_length_lora(
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile the blocks: a minute more at first, faster steps.")
     ] = False,
+    ulysses_degree: Annotated[
+        int, typer.Option(help="GPUs that share a clip, each with a part of its tokens.")
+    ] = 1,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     keep: Annotated[int, typer.Option(help="Checkpoints that are left.")] = 2,
     seed: Annotated[int, typer.Option(help="Of weights, order, noise and generated clips.")] = 0,
@@ -109,6 +112,7 @@ def train_length_lora(
                 sampling=sampling,
                 checkpointing=checkpointing,
                 compile=compile_,
+                ulysses_degree=ulysses_degree,
                 checkpoint_every=checkpoint_every,
                 keep=keep,
                 seed=seed,

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from diffctrl import processes
 from diffctrl import settings as reading
 from diffctrl.drawing.choices import choose_device, first
 from diffctrl.drawing.kinds import FrameRule
@@ -78,6 +79,7 @@ class TrainRequest:
     sampling: str = "logit-normal"
     checkpointing: bool = True
     compile: bool = False
+    ulysses_degree: int = 1
     checkpoint_every: int = 50
     keep: int = 2
     seed: int = 0
@@ -98,6 +100,7 @@ class TrainPlan:
         dtype: of the frozen weights; the adapter's are float32.
         checkpointing: whether activations are computed again in the backward pass.
         compile: whether blocks are compiled. Neither changes what is trained, but for rounding.
+        ulysses_degree: processes that share a clip, each with a part of its tokens.
         keep: checkpoints that are left.
         max_sequence_length: tokens that captions are padded to, or None for the pipeline's own.
     """
@@ -122,6 +125,7 @@ class TrainPlan:
     sampling: str
     checkpointing: bool
     compile: bool
+    ulysses_degree: int
     checkpoint_every: int
     keep: int
     seed: int
@@ -171,6 +175,7 @@ def make(request: TrainRequest) -> TrainPlan:
     device, dtype = choose_device(request.device, request.dtype, small=False)
     if dtype not in DTYPES:
         raise BadRequestError(f"--dtype {dtype} is no dtype to train in; accepted: {', '.join(DTYPES)}")
+    _check_sharing(request, source, device)
     clips = _clips(request, source, frames, height, width)
     if len(clips) < request.batch * request.accumulate:
         raise BadRequestError(
@@ -200,6 +205,7 @@ def make(request: TrainRequest) -> TrainPlan:
         sampling=request.sampling,
         checkpointing=request.checkpointing,
         compile=request.compile,
+        ulysses_degree=request.ulysses_degree,
         checkpoint_every=request.checkpoint_every,
         keep=request.keep,
         seed=request.seed,
@@ -239,7 +245,7 @@ def trainable(source: ModelSource) -> Trainable:
 
 def _check_numbers(request: TrainRequest) -> None:
     least = {"steps": 1, "rank": 1, "batch": 1, "accumulate": 1, "checkpoint_every": 1,
-             "keep": 1, "warmup_steps": 0, "seed": 0, "frames": 1}  # fmt: skip
+             "keep": 1, "ulysses_degree": 1, "warmup_steps": 0, "seed": 0, "frames": 1}  # fmt: skip
     for name, low in least.items():
         if getattr(request, name) < low:
             raise BadRequestError(
@@ -275,6 +281,25 @@ def _size(request: TrainRequest, source: ModelSource) -> tuple[int, int]:
     width = first(request.width, own.get("width"), rule.default[1])
     rule.check(source.name, height=height, width=width)
     return height, width
+
+
+def _check_sharing(request: TrainRequest, source: ModelSource, device: str) -> None:
+    degree, started = request.ulysses_degree, processes.count()
+    if degree == 1:
+        return
+    if started % degree:
+        raise BadRequestError(
+            f"--ulysses-degree {degree}: so many processes share a clip, and {started} run; start them with "
+            f"accelerate launch --num_processes {degree} -m diffctrl train-length-lora ..., or a multiple"
+        )
+    heads = source.config("transformer")["num_attention_heads"]
+    if heads % degree:
+        raise BadRequestError(
+            f"--ulysses-degree {degree} does not divide the {heads} heads of {source.name}; accepted: "
+            + ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        )
+    if device == "cpu":
+        raise BadRequestError(f"--ulysses-degree {degree} wants a GPU for each process, not --device cpu")
 
 
 def _clips(request: TrainRequest, source: ModelSource, frames: int, height: int, width: int) -> Source:

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import diffctrl
 from diffctrl import processes
+from diffctrl.control import context_parallel_plan
 from diffctrl.drawing import environment
 from diffctrl.errors import BadRequestError
 from diffctrl.length import LengthLoRA, Loaded, mark, unmark, write
@@ -69,7 +71,7 @@ def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> P
         torch.set_float32_matmul_precision("high")  # of the adapter; its weights stay in float32
     accelerator = processes.accelerator(plan.device)
     on_progress(Progress("loading", 0, 1))
-    identity = {**plan.identity(), "processes": accelerator.num_processes}
+    identity = {**plan.identity(), "processes": accelerator.num_processes // plan.ulysses_degree}
     checkpoints = Checkpoints(plan.out / "checkpoints", identity, plan.keep)
     checkpoints.last()  # refuses to go on with other options, before anything is loaded
     clips = EncodedClips(plan)
@@ -133,6 +135,11 @@ class Training:
             model.transformer.enable_gradient_checkpointing()
         if plan.compile:
             model.transformer.compile_repeated_blocks()
+        degree = plan.ulysses_degree
+        groups = accelerator.num_processes // degree
+        if degree > 1:
+            tokens = model.tokens(clips.batch([0], [False])[0])
+            share_clips(model.transformer, tokens, degree, groups, accelerator.device)
         model.transformer.train()
         self.optimizer = torch.optim.AdamW(
             self.adapter.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=_DECAY,
@@ -141,7 +148,7 @@ class Training:
         self._run = _Run()
         self._moments = {name: _moments(self.optimizer, value) for name, value in self.adapter.items()}
         self.batches = Batches(
-            plan, clips, shift=model.shift, rank=accelerator.process_index, world=accelerator.num_processes
+            plan, clips, shift=model.shift, rank=accelerator.process_index // degree, world=groups
         )
 
     def run(self, on_progress: OnProgress) -> Path:
@@ -195,7 +202,8 @@ class Training:
             last = part + 1 == self.plan.accumulate
             with nullcontext() if last else self.accelerator.no_sync(wrapped):
                 loss = self.loss(step, part, wrapped) / self.plan.accumulate
-                loss.backward()
+                # Processes that share a clip have parts of its gradient, and processes are averaged.
+                (loss * self.plan.ulysses_degree).backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(list(self.adapter.values()), _CLIP_NORM)
         for group in self.optimizer.param_groups:
@@ -230,7 +238,7 @@ class Training:
         """What the file says of this training."""
         plan = self.plan
         names = ("steps", "learning_rate", "warmup_steps", "batch", "accumulate", "empty_share", "sampling",
-                 "seed", "dtype")  # fmt: skip
+                 "seed", "dtype", "ulysses_degree")  # fmt: skip
         training = {name: getattr(plan, name) for name in names} | {
             "processes": self.accelerator.num_processes,
             "data": plan.clips.identity(),
@@ -282,6 +290,24 @@ def add_adapter(
     for value in found.values():
         value.data = value.data.float()
     return found
+
+
+def share_clips(transformer: Any, tokens: int, degree: int, groups: int, device: torch.device) -> None:
+    """Split the tokens of each clip among `degree` processes in a row, of `groups` such rows.
+
+    Raises:
+        BadRequestError: the shares would be of unequal length.
+    """
+    from diffusers import ContextParallelConfig
+
+    if tokens % degree:
+        raise BadRequestError(
+            f"--ulysses-degree {degree} does not divide the {tokens} tokens of a clip; give another one, or "
+            "another --size"
+        )
+    mesh = init_device_mesh(device.type, (groups, 1, degree), mesh_dim_names=("group", "ring", "ulysses"))
+    config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
+    transformer.enable_parallelism(config=config, cp_plan=context_parallel_plan(transformer))
 
 
 def _moments(optimizer: torch.optim.AdamW, value: nn.Parameter) -> dict[str, Tensor]:

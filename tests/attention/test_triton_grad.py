@@ -41,7 +41,7 @@ TYPES |= dict.fromkeys(("scale", "scale_log2"), "fp32")
 def test_no_register_spills(name, block, dim, arch, tmp_path):
     from diffctrl.attention.kernels import triton_grad_jit
 
-    tiles = table_tiles(dim)
+    tiles = table_tiles(dim, (block, block))
     own = min(block, tiles.rows)
     bm, bn = (own, tiles.tile) if name == "grad_query" else (tiles.tile, own)
     constants = {

@@ -102,6 +102,14 @@ def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in json.dumps(found["loras"])
 
 
+def test_the_loras_alone(tmp_path: Path) -> None:
+    out = tmp_path / "length.json"
+    evaluate_length.main(["--quick", "--no-base", "--out", str(out), "--picture", str(tmp_path / "a.png")])
+    names = [figure["name"] for figure in json.loads(out.read_text())["figures"]]
+    assert any(name == f"behind the wall: reappears: {RADIAL} minus {DENSE}" for name in names)
+    assert {name.rpartition(": ")[2] for name in names if " minus " not in name} == {RADIAL, DENSE}
+
+
 def test_the_error_of_a_level_is_that_of_its_attention(tmp_path: Path) -> None:
     """Dense where the LoRA's runs are, and under its mask elsewhere."""
     options = argparse.Namespace()

@@ -34,11 +34,12 @@ class GradTiles:
     stages: int = 2
 
 
-def table_tiles(head_dim: int) -> GradTiles:
+def table_tiles(head_dim: int, block: tuple[int, int]) -> GradTiles:
     """For every card: no registers spill and 99 KB of shared memory are enough, read from the assembler for
-    sm80 and sm90 (tests/attention/test_triton_grad.py). Not yet chosen by time, which
-    `scripts/bench/backward.py --tiles` would tell."""
-    return GradTiles() if head_dim <= 64 else GradTiles(tile=32)
+    sm80 and sm90 (tests/attention/test_triton_grad.py)."""
+    if head_dim > 64:
+        return GradTiles(tile=32)
+    return GradTiles(warps=2 if min(block) <= 32 else 4)
 
 
 def gradients(
@@ -72,7 +73,7 @@ def gradients(
     from . import triton_grad_jit
 
     device_code: Any = triton_grad_jit
-    tiles = tiles or table_tiles(dim)
+    tiles = tiles or table_tiles(dim, mask.block)
     bq, bk = mask.block
     q_rows, k_rows = (power_of_two_divisor(size, tiles.rows) for size in mask.block)
     padded = max(16, 1 << (dim - 1).bit_length())
