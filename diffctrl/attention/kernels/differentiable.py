@@ -13,7 +13,7 @@ from .base import Operands, Request
 class WithBackward(Protocol):
     """A kernel's two halves, both without autograd."""
 
-    def forward(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
         """out (B, Sq, H, D), and lse (B, H, Sq) if `request.needs_lse`."""
         ...
 
@@ -41,6 +41,7 @@ class _Attention(torch.autograd.Function):
         request: Request, operands: Operands,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         out, lse = kernel.forward(request, operands)
+        assert lse is not None
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.kernel, ctx.mask, ctx.scale = kernel, operands.mask, operands.scale
         ctx.mark_non_differentiable(lse)

@@ -26,6 +26,7 @@ import torch
 
 from ..convert import fa4_block
 from .base import Operands, Request
+from .differentiable import differentiable
 from .flash4_library import (
     PACKAGE,
     PreparedLists,
@@ -76,12 +77,16 @@ class Flash4Kernel:
         return _why_not_lists(request) if request.sparse else None
 
     def run(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if request.needs_grad:
+            out, lse = differentiable(self, request, operands)
+            return out, lse if request.needs_lse else None
+        return self.forward(request, operands)
+
+    def forward(self, request: Request, operands: Operands) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Without gradients."""
         query, key, value = operands.query, operands.key, operands.value
         lists = prepared_lists(operands, request.arch)
         scheduled = self.is_scheduled(request, lists)
-        if request.needs_grad:
-            out, lse = _Differentiable.apply(query, key, value, operands, lists, request.arch, scheduled)
-            return out, lse if request.needs_lse else None
         return _forward(query, key, value, operands.scale, request.needs_lse, lists, request.arch, scheduled)
 
     def backward(
@@ -281,32 +286,6 @@ def _expanded(tensors: Any, batch: int, heads: int) -> tuple[Any, ...]:
 
 # --- backward
 # ---------------------------------------------------------------------------------------------------------
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        operands: Operands,
-        lists: PreparedLists | None,
-        arch: int | None,
-        scheduled: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = _forward(query, key, value, operands.scale, True, lists, arch, scheduled)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.scale, ctx.mask = operands.scale, operands.mask
-        ctx.mark_non_differentiable(lse)
-        assert lse is not None
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        query, key, value, out, lse = ctx.saved_tensors
-        return *_backward(Operands(query, key, value, ctx.scale, ctx.mask), grad, out, lse), *4 * (None,)
 
 
 def _backward(
