@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -44,13 +43,6 @@ class VelocityModel(ABC):
     @abstractmethod
     def latents(self, pixels: Tensor) -> Tensor:
         """(B, C, F, h, w) float32 of clips (B, T, 3, H, W) in [-1, 1]: what the transformer is trained on."""
-
-    def tokens(self, latents: Tensor) -> int:
-        """How many the transformer makes of latents (B, C, F, h, w)."""
-        config = self.transformer.config
-        patch = config.patch_size
-        sides = (config.patch_size_t, patch, patch) if isinstance(patch, int) else patch
-        return math.prod(length // side for length, side in zip(latents.shape[2:], sides, strict=True))
 
     @abstractmethod
     def embeddings(self, captions: list[str], device: torch.device) -> dict[str, Tensor]:

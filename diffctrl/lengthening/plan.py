@@ -37,10 +37,12 @@ class Trainable:
     Attributes:
         model: where its `VelocityModel` is, "module:Class".
         joint: whether text has projections of its own in the attention that is adapted.
+        scale: what the autoencoder's configuration calls its pixels per latent.
     """
 
     model: str
     joint: bool
+    scale: str
 
     def velocity_model(self) -> Any:
         module, _, name = self.model.partition(":")
@@ -48,8 +50,14 @@ class Trainable:
 
 
 TRAINABLE = {
-    "WanPipeline": Trainable(model="diffctrl.pipelines.length_models:WanVelocity", joint=False),
-    "HunyuanVideoPipeline": Trainable(model="diffctrl.pipelines.length_models:HunyuanVelocity", joint=True),
+    "WanPipeline": Trainable(
+        model="diffctrl.pipelines.length_models:WanVelocity", joint=False, scale="scale_factor_spatial"
+    ),
+    "HunyuanVideoPipeline": Trainable(
+        model="diffctrl.pipelines.length_models:HunyuanVelocity",
+        joint=True,
+        scale="spatial_compression_ratio",
+    ),
 }
 
 
@@ -175,7 +183,7 @@ def make(request: TrainRequest) -> TrainPlan:
     device, dtype = choose_device(request.device, request.dtype, small=False)
     if dtype not in DTYPES:
         raise BadRequestError(f"--dtype {dtype} is no dtype to train in; accepted: {', '.join(DTYPES)}")
-    _check_sharing(request, source, device)
+    _check_sharing(request, source, device, _tokens(source, kind, latent_frames, height, width))
     clips = _clips(request, source, frames, height, width)
     if len(clips) < request.batch * request.accumulate:
         raise BadRequestError(
@@ -283,7 +291,15 @@ def _size(request: TrainRequest, source: ModelSource) -> tuple[int, int]:
     return height, width
 
 
-def _check_sharing(request: TrainRequest, source: ModelSource, device: str) -> None:
+def _tokens(source: ModelSource, kind: Trainable, latent_frames: int, height: int, width: int) -> int:
+    """Of a clip in the transformer."""
+    config, scale = source.config("transformer"), source.config("vae").get(kind.scale, 8)
+    patch = config["patch_size"]
+    depth, *sides = (config["patch_size_t"], patch, patch) if isinstance(patch, int) else patch
+    return latent_frames // depth * (height // (scale * sides[0])) * (width // (scale * sides[1]))
+
+
+def _check_sharing(request: TrainRequest, source: ModelSource, device: str, tokens: int) -> None:
     degree, started = request.ulysses_degree, processes.count()
     if degree == 1:
         return
@@ -291,6 +307,11 @@ def _check_sharing(request: TrainRequest, source: ModelSource, device: str) -> N
         raise BadRequestError(
             f"--ulysses-degree {degree}: so many processes share a clip, and {started} run; start them with "
             f"accelerate launch --num_processes {degree} -m diffctrl train-length-lora ..., or a multiple"
+        )
+    if tokens % degree:
+        raise BadRequestError(
+            f"--ulysses-degree {degree} does not divide the {tokens} tokens of a clip; give another one, or "
+            "another --size"
         )
     heads = source.config("transformer")["num_attention_heads"]
     if heads % degree:

@@ -138,8 +138,7 @@ class Training:
         degree = plan.ulysses_degree
         groups = accelerator.num_processes // degree
         if degree > 1:
-            tokens = model.tokens(clips.batch([0], [False])[0])
-            share_clips(model.transformer, tokens, degree, groups, accelerator.device)
+            share_clips(model.transformer, degree, groups, accelerator.device)
         model.transformer.train()
         self.optimizer = torch.optim.AdamW(
             self.adapter.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=_DECAY,
@@ -292,19 +291,10 @@ def add_adapter(
     return found
 
 
-def share_clips(transformer: Any, tokens: int, degree: int, groups: int, device: torch.device) -> None:
-    """Split the tokens of each clip among `degree` processes in a row, of `groups` such rows.
-
-    Raises:
-        BadRequestError: the shares would be of unequal length.
-    """
+def share_clips(transformer: Any, degree: int, groups: int, device: torch.device) -> None:
+    """Split the tokens of each clip among `degree` processes in a row, of `groups` such rows."""
     from diffusers import ContextParallelConfig
 
-    if tokens % degree:
-        raise BadRequestError(
-            f"--ulysses-degree {degree} does not divide the {tokens} tokens of a clip; give another one, or "
-            "another --size"
-        )
     mesh = init_device_mesh(device.type, (groups, 1, degree), mesh_dim_names=("group", "ring", "ulysses"))
     config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
     transformer.enable_parallelism(config=config, cp_plan=context_parallel_plan(transformer))

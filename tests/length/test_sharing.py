@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
 from diffctrl.length import read
 from diffctrl.lengthening import plan as planning
 from diffctrl.lengthening.plan import TrainPlan
-from diffctrl.lengthening.train import share_clips, train
+from diffctrl.lengthening.train import train
 from tests.length.hunyuan import hunyuan
 from tests.length.models import save
-from tests.length.test_training import SETTINGS, close, plan_of, training, write_clips
+from tests.length.test_training import SETTINGS, close, plan_of, write_clips
 
 torch.set_num_threads(1)
 
@@ -62,6 +63,8 @@ def test_processes_share_clips(tmp_path: Path) -> None:
     hunyuan().save_pretrained(tmp_path / "hunyuan")
     data = tmp_path / "data"
     write_clips(data, 2, frames=37)
+    source = ModelSource.find(str(tmp_path / "hunyuan"))
+    assert planning._tokens(source, planning.trainable(source), 9, 32, 48) == 9 * 2 * 3
     plans = {
         "wan": plan_of(tmp_path / "wan-one", wan, **CHANGES),
         "dense": plan_of(tmp_path / "dense-one", wan, steps=2, method="dense", settings=()),
@@ -89,14 +92,6 @@ def test_groups_of_processes_share_clips(tmp_path: Path) -> None:
     same(groups, one, losses=False)
 
 
-def test_shares_of_unequal_length_are_refused(tmp_path: Path) -> None:
-    run = training(plan_of(tmp_path / "out", save(tmp_path / "wan")))
-    tokens = run.model.tokens(run.clips.batch([0], [False])[0])
-    assert tokens == 17 * 16
-    with pytest.raises(BadRequestError, match="3 does not divide the 272 tokens of a clip"):
-        share_clips(run.model.transformer, tokens, degree=3, groups=1, device=torch.device("cpu"))
-
-
 def same(found: TrainPlan, wanted: TrainPlan, losses: bool = True) -> None:
     close(load_file(found.lora_path), load_file(wanted.lora_path))
     # AdamW does not tell a gradient from its double.
@@ -114,7 +109,8 @@ def _column(plan: TrainPlan, name: str) -> list[float]:
     [
         (1, 2, "cuda", r"so many processes share a clip, and 1 run; start them with accelerate launch"),
         (6, 4, "cuda", r"so many processes share a clip, and 6 run"),
-        (3, 3, "cuda", r"does not divide the 2 heads of .*tiny-wan; accepted: 1, 2"),
+        (3, 3, "cuda", r"3 does not divide the 272 tokens of a clip"),
+        (4, 4, "cuda", r"does not divide the 2 heads of .*tiny-wan; accepted: 1, 2"),
         (2, 2, "cpu", r"wants a GPU for each process"),
         (1, 0, "cpu", r"--ulysses-degree 0 is out of range"),
     ],
