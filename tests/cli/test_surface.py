@@ -116,6 +116,8 @@ SURFACE = {
         "--sampling",
         "--checkpointing",
         "--no-checkpointing",
+        "--compile",
+        "--ulysses-degree",
         "--checkpoint-every",
         "--keep",
         "--seed",
