@@ -106,7 +106,8 @@ def load_length_lora(
     path = find(source)
     lora = read(path)
     model = _one_denoiser(pipe)
-    _check_base(lora, model, path, strict=strict)
+    check_base(lora, type(model).__name__, dict(model.config), path)
+    check_weights(lora, model, path, strict=strict)
     if settings and (not mask or lora.radial is None):
         raise BadRequestError(f"{', '.join(settings)} change a mask, and none is put on here")
     sites = adapted(model)
@@ -198,8 +199,12 @@ def check_base(lora: LengthLoRA, class_name: str, config: dict[str, Any], path: 
         )
 
 
-def _check_base(lora: LengthLoRA, model: nn.Module, path: Path, *, strict: bool) -> None:
-    check_base(lora, type(model).__name__, dict(model.config), path)
+def check_weights(lora: LengthLoRA, model: nn.Module, path: Path, *, strict: bool = True) -> None:
+    """Refuse a LoRA of another model of the same architecture, or without `strict` warn of it.
+
+    Raises:
+        BadRequestError: the LoRA was trained on other weights.
+    """
     likeness = lora.base.likeness(sample_of(model))
     if likeness < _SAME_WEIGHTS:
         complaint = (

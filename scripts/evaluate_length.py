@@ -178,10 +178,7 @@ def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition],
     for method, lora in loras.items():
         if lora.method != method:
             raise BadRequestError(f"--{method} {paths[method]} was trained with {lora.method} attention")
-    if (
-        len({(lora.training.get("steps"), lora.training.get("batch"), lora.rank) for lora in loras.values()})
-        > 1
-    ):
+    if len({_effort(lora) for lora in loras.values()}) > 1:
         raise BadRequestError("the two LoRAs are not of equal steps, batch and rank")
     mask = loras["radial"].mask
     conditions = [Condition(name=RADIAL, lora=paths["radial"], mask=mask)]
@@ -193,6 +190,12 @@ def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition],
         conditions = [*base, *conditions, Condition(name=f"{pieces} short clips", short=own)]
     said = {name: {"summary": lora.summary(), **lora.training} for name, lora in loras.items()}
     return conditions, said
+
+
+def _effort(lora: LengthLoRA) -> tuple[Any, ...]:
+    """Steps, those of the LoRA that it began with included, batch and rank."""
+    said = lora.training
+    return said.get("steps"), said.get("earlier_steps", 0), said.get("batch"), lora.rank
 
 
 def _figures(suite: str, drawn: Sequence[Drawn]) -> list[Figure]:

@@ -50,6 +50,10 @@ def train_length_lora(
     ] = None,
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 128,
     lora_alpha: Annotated[float | None, typer.Option(help="Its strength, over rank (default: rank).")] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(help="Begin with this LoRA: name, file or folder.", metavar="LORA"),
+    ] = None,
     added: Annotated[
         bool | None,
         typer.Option("--added/--no-added", help="Adapt the text's projections of joint attention too."),
@@ -101,6 +105,7 @@ def train_length_lora(
                 settings=tuple(read_pair(text, "block=64") for text in set_ or ()),
                 rank=rank,
                 lora_alpha=lora_alpha,
+                start_from=start_from,
                 added=added,
                 cross=cross,
                 steps=steps,

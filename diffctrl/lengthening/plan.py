@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffctrl import processes
 from diffctrl import settings as reading
 from diffctrl.drawing.choices import choose_device, first
 from diffctrl.drawing.kinds import FrameRule
@@ -17,6 +16,8 @@ from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
 from diffctrl.length.file import METHODS
 from diffctrl.lengthening.clips import ClipFolder, Source, World, read_folder
+from diffctrl.lengthening.sharing import check_sharing, tokens_of
+from diffctrl.lengthening.start import Start
 
 DEFAULT_MODEL = "shapes-wan"
 LORA_NAME = "length-lora.safetensors"
@@ -76,6 +77,7 @@ class TrainRequest:
     settings: tuple[tuple[str, str], ...] = ()
     rank: int = 128
     lora_alpha: float | None = None
+    start_from: str | None = None
     added: bool | None = None
     cross: bool = False
     steps: int = 1000
@@ -104,6 +106,7 @@ class TrainPlan:
         mask: the settings of `RadialConfig` that make the mask, none open, and the dense part of a run; None
             for dense attention.
         targets: paths of the layers that get an adapter.
+        start: the LoRA whose weights it begins with; None for new ones.
         batch: clips of one forward, in each process.
         dtype: of the frozen weights; the adapter's are float32.
         checkpointing: whether activations are computed again in the backward pass.
@@ -124,6 +127,7 @@ class TrainPlan:
     targets: tuple[str, ...]
     rank: int
     lora_alpha: float
+    start: Start | None
     steps: int
     learning_rate: float
     warmup_steps: int
@@ -165,6 +169,8 @@ class TrainPlan:
             "accumulate", "empty_share", "sampling", "seed",
         )  # fmt: skip
         mine = {name: getattr(self, name) for name in names}
+        if self.start is not None:
+            mine["start_from"] = self.start.digest
         return {**self.encoding(), **mine, "targets": list(self.targets)}
 
 
@@ -183,7 +189,8 @@ def make(request: TrainRequest) -> TrainPlan:
     device, dtype = choose_device(request.device, request.dtype, small=False)
     if dtype not in DTYPES:
         raise BadRequestError(f"--dtype {dtype} is no dtype to train in; accepted: {', '.join(DTYPES)}")
-    _check_sharing(request, source, device, _tokens(source, kind, latent_frames, height, width))
+    tokens = tokens_of(source, kind.scale, latent_frames, height, width)
+    check_sharing(request.ulysses_degree, source, device, tokens)
     clips = _clips(request, source, frames, height, width)
     if len(clips) < request.batch * request.accumulate:
         raise BadRequestError(
@@ -191,7 +198,12 @@ def make(request: TrainRequest) -> TrainPlan:
             "--batch or --accumulate"
         )
     mask = _mask(request)
-    targets = _targets(request, source, kind, mask)
+    model = source.skeleton("transformer")
+    targets = _targets(request, source, model, kind, mask)
+    alpha = float(first(request.lora_alpha, request.rank))
+    start = None
+    if request.start_from is not None:
+        start = Start.of(request.start_from, model, targets, rank=request.rank, lora_alpha=alpha)
     return TrainPlan(
         source=source,
         kind=kind,
@@ -203,7 +215,8 @@ def make(request: TrainRequest) -> TrainPlan:
         mask=mask,
         targets=targets,
         rank=request.rank,
-        lora_alpha=float(first(request.lora_alpha, request.rank)),
+        lora_alpha=alpha,
+        start=start,
         steps=request.steps,
         learning_rate=request.learning_rate,
         warmup_steps=request.warmup_steps,
@@ -291,38 +304,6 @@ def _size(request: TrainRequest, source: ModelSource) -> tuple[int, int]:
     return height, width
 
 
-def _tokens(source: ModelSource, kind: Trainable, latent_frames: int, height: int, width: int) -> int:
-    """Of a clip in the transformer."""
-    config, scale = source.config("transformer"), source.config("vae").get(kind.scale, 8)
-    patch = config["patch_size"]
-    depth, *sides = (config["patch_size_t"], patch, patch) if isinstance(patch, int) else patch
-    return latent_frames // depth * (height // (scale * sides[0])) * (width // (scale * sides[1]))
-
-
-def _check_sharing(request: TrainRequest, source: ModelSource, device: str, tokens: int) -> None:
-    degree, started = request.ulysses_degree, processes.count()
-    if degree == 1:
-        return
-    if started % degree:
-        raise BadRequestError(
-            f"--ulysses-degree {degree}: so many processes share a clip, and {started} run; start them with "
-            f"accelerate launch --num_processes {degree} -m diffctrl train-length-lora ..., or a multiple"
-        )
-    if tokens % degree:
-        raise BadRequestError(
-            f"--ulysses-degree {degree} does not divide the {tokens} tokens of a clip; give another one, or "
-            "another --size"
-        )
-    heads = source.config("transformer")["num_attention_heads"]
-    if heads % degree:
-        raise BadRequestError(
-            f"--ulysses-degree {degree} does not divide the {heads} heads of {source.name}; accepted: "
-            + ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
-        )
-    if device == "cpu":
-        raise BadRequestError(f"--ulysses-degree {degree} wants a GPU for each process, not --device cpu")
-
-
 def _clips(request: TrainRequest, source: ModelSource, frames: int, height: int, width: int) -> Source:
     if request.data is not None and request.clips is not None:
         raise BadRequestError("--clips says how many to generate, and --data has clips; give one of them")
@@ -367,15 +348,14 @@ def _mask(request: TrainRequest) -> dict[str, Any] | None:
 
 
 def _targets(
-    request: TrainRequest, source: ModelSource, kind: Trainable, mask: dict[str, Any] | None
+    request: TrainRequest, source: ModelSource, model: Any, kind: Trainable, mask: dict[str, Any] | None
 ) -> tuple[str, ...]:
-    """Paths of the adapted layers, read off the architecture made without memory for weights."""
+    """Paths of the adapted layers, read off the architecture made without memory for weights (`model`)."""
     import diffctrl
     from diffctrl.families import family_of
     from diffctrl.lengthening.targets import targets
     from diffctrl.processors import RadialAttnProcessor
 
-    model = source.skeleton("transformer")
     if request.added and not kind.joint:
         raise BadRequestError(
             f"--added: {source.name} has no projections of text beside those of the video; leave it out"

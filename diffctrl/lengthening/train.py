@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 import diffctrl
 from diffctrl import processes
-from diffctrl.control import context_parallel_plan
 from diffctrl.drawing import environment
 from diffctrl.errors import BadRequestError
 from diffctrl.length import LengthLoRA, Loaded, mark, unmark, write
@@ -29,6 +27,7 @@ from diffctrl.lengthening.checkpoints import Checkpoints
 from diffctrl.lengthening.encoded import EncodedClips
 from diffctrl.lengthening.log import Log
 from diffctrl.lengthening.plan import TrainPlan
+from diffctrl.lengthening.sharing import share_clips
 from diffctrl.pipelines.length import adapted, base_of
 from diffctrl.processors import RadialAttnProcessor
 
@@ -130,6 +129,8 @@ class Training:
         self.adapter = add_adapter(
             model.transformer, plan.targets, rank=plan.rank, lora_alpha=plan.lora_alpha, seed=plan.seed
         )
+        if plan.start is not None:
+            plan.start.load(model.transformer, self.weights())
         model.transformer.to(accelerator.device)
         if plan.checkpointing:
             model.transformer.enable_gradient_checkpointing()
@@ -244,6 +245,8 @@ class Training:
             "size": [plan.clips.height, plan.clips.width],
             "versions": environment.versions(),
         }
+        if plan.start is not None:
+            training |= plan.start.described()
         return LengthLoRA(
             method=plan.method,
             rank=plan.rank,
@@ -289,15 +292,6 @@ def add_adapter(
     for value in found.values():
         value.data = value.data.float()
     return found
-
-
-def share_clips(transformer: Any, degree: int, groups: int, device: torch.device) -> None:
-    """Split the tokens of each clip among `degree` processes in a row, of `groups` such rows."""
-    from diffusers import ContextParallelConfig
-
-    mesh = init_device_mesh(device.type, (groups, 1, degree), mesh_dim_names=("group", "ring", "ulysses"))
-    config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
-    transformer.enable_parallelism(config=config, cp_plan=context_parallel_plan(transformer))
 
 
 def _moments(optimizer: torch.optim.AdamW, value: nn.Parameter) -> dict[str, Tensor]:

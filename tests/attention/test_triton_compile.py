@@ -71,6 +71,17 @@ def test_table_on_hopper(dim, block, spill, tail, tmp_path):
 
 
 @compiled_only
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_table_of_small_blocks(arch, tail, tmp_path):
+    variant = table_variant(arch, 32, (32, 32))
+    assert variant.warps == 2
+    kernel, report = compiled(variant, arch, 32, (32, 32), tail=tail, tmp_path=tmp_path)
+    assert "mma" in kernel.asm["ptx"]
+    assert spilled(report) == 0
+
+
+@compiled_only
 @pytest.mark.parametrize("arch", [80, 89])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_table_before_hopper(arch, dim, tmp_path):

@@ -104,6 +104,7 @@ SURFACE = {
         "--set",
         "--rank",
         "--lora-alpha",
+        "--start-from",
         "--added",
         "--no-added",
         "--cross",

@@ -19,6 +19,7 @@ from diffctrl.errors import BadRequestError
 from diffctrl.length import read
 from diffctrl.lengthening import plan as planning
 from diffctrl.lengthening.plan import TrainPlan
+from diffctrl.lengthening.sharing import tokens_of
 from diffctrl.lengthening.train import train
 from tests.length.hunyuan import hunyuan
 from tests.length.models import save
@@ -64,7 +65,7 @@ def test_processes_share_clips(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write_clips(data, 2, frames=37)
     source = ModelSource.find(str(tmp_path / "hunyuan"))
-    assert planning._tokens(source, planning.trainable(source), 9, 32, 48) == 9 * 2 * 3
+    assert tokens_of(source, planning.trainable(source).scale, 9, 32, 48) == 9 * 2 * 3
     plans = {
         "wan": plan_of(tmp_path / "wan-one", wan, **CHANGES),
         "dense": plan_of(tmp_path / "dense-one", wan, steps=2, method="dense", settings=()),

@@ -61,11 +61,13 @@ HOPPER_CANDIDATES = (
 
 
 def table_variant(arch: int, head_dim: int, block: tuple[int, int]) -> Variant:
-    """The variant for a card and a head dim: a function of nothing else, so that a seed keeps its latents.
+    """The variant for a card, a head dim and a block: a function of nothing else, so that a seed keeps its
+    latents.
 
     Measured on an H100 and an H200 (table in `table`): the copy engine, which is used where no column is
     padded, beats pointers by 15 to 28 % at head dim 128; loads in a warp group of their own with tiles of 128
-    gain another 5 to 20 % on long lists. Registers and shared memory were read from the assembler
+    gain another 5 to 20 % on long lists. 32 rows leave half of four warps without work (head dim 32: two take
+    0.8 of the time, forward and backward). Registers and shared memory were read from the assembler
     (tests/attention/test_triton_compile.py keeps them so). Outside Hopper and sm100 a program may have 99 KB,
     and 8 warps avoid spilled registers.
     """
@@ -74,6 +76,8 @@ def table_variant(arch: int, head_dim: int, block: tuple[int, int]) -> Variant:
         return Variant(tile=64 if large else 16, warps=8)
     if not large:
         return Variant(tile=64 if head_dim <= 64 else 32, warps=8)
+    if head_dim <= 32 and block[0] <= 32:
+        return Variant(warps=2)
     return HOPPER if arch // 10 == 9 and head_dim in (64, 128) else Variant()
 
 
