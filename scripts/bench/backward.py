@@ -195,6 +195,7 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", default="", metavar="TEXT", help="shapes whose name contains this")
     parser.add_argument("--tiles", action="store_true", help="also time other tiles of the Triton passes")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: does the script run?")
     options = parser.parse_args(arguments)
@@ -204,7 +205,10 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     torch.backends.cuda.matmul.allow_tf32 = False  # what is compared with is exact
     figures: list[Figure] = []
     states = [card_state()]
-    for shape in SHAPES if cuda else DRY_SHAPES:
+    shapes = [shape for shape in (SHAPES if cuda else DRY_SHAPES) if options.only in shape.name]
+    if not shapes:
+        parser.error(f"--only {options.only}: no shape has that in its name")
+    for shape in shapes:
         print(f"{shape.name}: {shape.layout.length} tokens, {shape.heads} heads", flush=True)
         figures += figures_of(shape, "cuda" if cuda else "cpu", options.rounds, options.tiles)
         states.append(card_state())
