@@ -107,7 +107,10 @@ def load_length_lora(
     lora = read(path)
     model = _one_denoiser(pipe)
     check_base(lora, type(model).__name__, dict(model.config), path)
-    check_weights(lora, model, path, strict=strict)
+    if (complaint := unlike(lora, model, path)) is not None:
+        if strict:
+            raise BadRequestError(f"{complaint}; load the LoRA with strict=False to try it all the same")
+        logger.warning("%s", complaint)
     if settings and (not mask or lora.radial is None):
         raise BadRequestError(f"{', '.join(settings)} change a mask, and none is put on here")
     sites = adapted(model)
@@ -199,21 +202,15 @@ def check_base(lora: LengthLoRA, class_name: str, config: dict[str, Any], path: 
         )
 
 
-def check_weights(lora: LengthLoRA, model: nn.Module, path: Path, *, strict: bool = True) -> None:
-    """Refuse a LoRA of another model of the same architecture, or without `strict` warn of it.
-
-    Raises:
-        BadRequestError: the LoRA was trained on other weights.
-    """
+def unlike(lora: LengthLoRA, model: nn.Module, path: Path) -> str | None:
+    """That the LoRA was trained on other weights of the same architecture, in words; None if it was not."""
     likeness = lora.base.likeness(sample_of(model))
-    if likeness < _SAME_WEIGHTS:
-        complaint = (
-            f"{path.name} was trained on other weights than these, those of {lora.base.name} "
-            f"(likeness {likeness:.2f})"
-        )
-        if strict:
-            raise BadRequestError(f"{complaint}; load the LoRA with strict=False to try it all the same")
-        logger.warning("%s", complaint)
+    if likeness >= _SAME_WEIGHTS:
+        return None
+    return (
+        f"{path.name} was trained on other weights than these, those of {lora.base.name} "
+        f"(likeness {likeness:.2f})"
+    )
 
 
 def _one_denoiser(pipe: Any) -> Any:

@@ -180,6 +180,8 @@ def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition],
             raise BadRequestError(f"--{method} {paths[method]} was trained with {lora.method} attention")
     if len({_effort(lora) for lora in loras.values()}) > 1:
         raise BadRequestError("the two LoRAs are not of equal steps, batch and rank")
+    if options.no_base and not options.dense:
+        raise BadRequestError("--no-base compares two LoRAs; give --dense as well")
     mask = loras["radial"].mask
     conditions = [Condition(name=RADIAL, lora=paths["radial"], mask=mask)]
     if options.dense:

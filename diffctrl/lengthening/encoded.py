@@ -129,8 +129,10 @@ def differing(found: Any, wanted: dict[str, Any]) -> str:
     """What another plan had otherwise, in words."""
     if not isinstance(found, dict):
         return "another version of diffctrl"
-    names = [name for name in wanted if found.get(name) != wanted[name]]
-    return ", ".join(f"{name} {_short(found.get(name))} (not {_short(wanted[name])})" for name in names[:3])
+    names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    return ", ".join(
+        f"{name} {_short(found.get(name))} (not {_short(wanted.get(name))})" for name in names[:3]
+    )
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffctrl.errors import BadRequestError
 from diffctrl.length import LengthLoRA, read, read_weights
 from diffctrl.length.file import PREFIX
-from diffctrl.pipelines.length import check_base, check_weights, find
+from diffctrl.pipelines.length import check_base, find, unlike
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Start:
                 f"--start-from {source} adapts {len(layers)} layers, and {len(targets)} are to be trained; "
                 "--added, --no-added and --cross choose them"
             )
-        return cls(path, lora, hashlib.sha256(path.read_bytes()).hexdigest())
+        return cls(path, lora, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
 
     @torch.no_grad()
     def load(self, model: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -73,7 +73,8 @@ class Start:
         Raises:
             BadRequestError: it was trained on other weights than the model's.
         """
-        check_weights(self.lora, model, self.path)
+        if (complaint := unlike(self.lora, model, self.path)) is not None:
+            raise BadRequestError(f"--start-from: {complaint}")
         saved, _ = read_weights(self.path)
         for layer, halves in weights.items():
             for half, name in zip(halves, ("lora_A", "lora_B"), strict=True):

@@ -68,6 +68,7 @@ def test_processes_share_clips(tmp_path: Path) -> None:
     assert tokens_of(source, planning.trainable(source).scale, 9, 32, 48) == 9 * 2 * 3
     plans = {
         "wan": plan_of(tmp_path / "wan-one", wan, **CHANGES),
+        "in parts": plan_of(tmp_path / "parts-one", wan, **CHANGES | {"batch": 1, "accumulate": 2}),
         "dense": plan_of(tmp_path / "dense-one", wan, steps=2, method="dense", settings=()),
         "hunyuan": plan_of(
             tmp_path / "hunyuan-one", tmp_path / "hunyuan", data=data, height=32, width=32, **CHANGES

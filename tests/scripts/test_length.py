@@ -110,6 +110,12 @@ def test_the_loras_alone(tmp_path: Path) -> None:
     assert {name.rpartition(": ")[2] for name in names if " minus " not in name} == {RADIAL, DENSE}
 
 
+def test_no_base_wants_two_loras(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate_length.main(["--no-base"])
+    assert "give --dense as well" in capsys.readouterr().err
+
+
 def test_the_error_of_a_level_is_that_of_its_attention(tmp_path: Path) -> None:
     """Dense where the LoRA's runs are, and under its mask elsewhere."""
     options = argparse.Namespace()

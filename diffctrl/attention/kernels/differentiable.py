@@ -50,7 +50,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph; `once_differentiable` drops the second order in cases
-            raise RuntimeError("Block-sparse attention has first-order gradients only: no create_graph=True.")
+            raise RuntimeError("This attention kernel has first-order gradients only: no create_graph=True.")
         query, key, value, out, lse = ctx.saved_tensors
         operands = Operands(query, key, value, ctx.scale, ctx.mask)
         return *ctx.kernel.backward(operands, grads[0], out, lse), None, None, None

@@ -135,7 +135,7 @@ def _forward(
     arch: int | None,
     scheduled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    # Gradients are handled in `_Differentiable`; a tensor that asks for one would change the compiled
+    # Gradients are handled in `differentiable`; a tensor that asks for one would change the compiled
     # function.
     query, key, value = query.detach(), key.detach(), value.detach()
     if scheduled:

@@ -22,8 +22,8 @@ With the host included, back to back at 4.6k: flash4 dense 570 through its publi
 card throttles and a row moves by 10 % between runs: in the run before, the library's form was as fast. (The
 JSON calls the library's form flash4-stock, and has a persistent one that lost and is no longer here.)
 
-With a backward triton stands after flex and so serves blocks that flex has none for. At head dim 32 and blocks
-of 128 it takes 0.73 of flex's time (docs/results/backward.json); at 64 and 128 the two were not compared.
+With a backward triton stands after flex and so serves blocks that flex has none for. At head dim 32 and
+blocks of 128 it takes 0.73 of flex's time (docs/results/backward.json); at 64 and 128 they were not compared.
 
 A kernel that cannot take a call says so itself (`why_not`): here is only the order.
 """

@@ -37,10 +37,11 @@ class GradTiles:
 def table_tiles(head_dim: int, block: tuple[int, int]) -> GradTiles:
     """For every card: no registers spill and 99 KB of shared memory are enough, read from the assembler for
     sm80 and sm90 (tests/attention/test_triton_grad.py). Of these, by time at head dim 32 on an H200
-    (`scripts/bench/backward.py --tiles`): over blocks of 32 four warps take 1.7 times as long as two."""
+    (`scripts/bench/backward.py --tiles`): over blocks of 32 four warps take 1.7 times as long as two, which
+    have too few registers for larger ones."""
     if head_dim > 64:
         return GradTiles(tile=32)
-    return GradTiles(warps=2 if min(block) <= 32 else 4)
+    return GradTiles(warps=2 if max(block) <= 32 else 4)
 
 
 def gradients(

@@ -76,7 +76,7 @@ def table_variant(arch: int, head_dim: int, block: tuple[int, int]) -> Variant:
         return Variant(tile=64 if large else 16, warps=8)
     if not large:
         return Variant(tile=64 if head_dim <= 64 else 32, warps=8)
-    if head_dim <= 32 and block[0] <= 32:
+    if arch // 10 == 9 and head_dim <= 32 and max(block) <= 32:
         return Variant(warps=2)
     return HOPPER if arch // 10 == 9 and head_dim in (64, 128) else Variant()
 
