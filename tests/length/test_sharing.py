@@ -94,6 +94,15 @@ def test_groups_of_processes_share_clips(tmp_path: Path) -> None:
     same(groups, one, losses=False)
 
 
+@pytest.mark.slow
+def test_shared_clips_in_compiled_blocks(tmp_path: Path) -> None:
+    one = plan_of(tmp_path / "one", save(tmp_path / "wan"), **CHANGES)
+    compiled = replace(one, out=tmp_path / "two", ulysses_degree=2, compile=True)
+    train(one)
+    in_processes(2, [compiled])
+    same(compiled, one)
+
+
 def same(found: TrainPlan, wanted: TrainPlan, losses: bool = True) -> None:
     close(load_file(found.lora_path), load_file(wanted.lora_path))
     # AdamW does not tell a gradient from its double.
