@@ -26,7 +26,7 @@ import diffctrl
 from diffctrl import processes
 from diffctrl.errors import BadRequestError
 from diffctrl.families import Call, Site
-from diffctrl.length import read, write
+from diffctrl.length import read
 from diffctrl.lengthening import plan as planning
 from diffctrl.lengthening.batches import Batch, Batches
 from diffctrl.lengthening.checkpoints import Checkpoints
@@ -191,66 +191,6 @@ def test_twenty_steps_lower_the_loss(model: Path, tmp_path: Path, method: str, c
         assert lora.mask == RadialConfig(
             block_rule="hybrid", decay_factor=1.0, sink=True, block=16, dense_blocks=2, dense_fraction=0.04
         )
-
-
-def test_a_training_begins_with_an_earlier_lora(model: Path, tmp_path: Path) -> None:
-    first = plan_of(tmp_path / "a", model, steps=3, learning_rate=3e-2)
-    train(first)
-    plan = plan_of(tmp_path / "b", model, steps=2, start_from=str(tmp_path / "a"))
-    run = training(plan)
-    saved = load_file(first.lora_path)
-    for layer, (down, up) in run.weights().items():
-        assert torch.equal(down.half(), saved[f"transformer.{layer}.lora_A.weight"])
-        assert torch.equal(up.half(), saved[f"transformer.{layer}.lora_B.weight"])
-        assert bool(up.any())
-    plan = replace(plan, out=tmp_path / "c")
-    trained = load_file(train(plan))
-    said = read(plan.lora_path).training
-    assert (said["steps"], said["earlier_steps"]) == (2, 3)
-    assert said["started_from"] == read(first.lora_path).summary()
-    third = plan_of(tmp_path / "d", model, steps=1, start_from=str(plan.lora_path))
-    assert read(train(third)).training["earlier_steps"] == 5
-    # What a checkpoint has comes after what the earlier LoRA has.
-    plan.lora_path.unlink()
-    resumed = load_file(train(plan))
-    assert all(torch.equal(value, resumed[name]) for name, value in trained.items())
-    # A killed training goes on from the same LoRA only.
-    train(replace(first, seed=1, out=tmp_path / "other"))
-    other = plan_of(plan.out, model, steps=2, start_from=str(tmp_path / "other"))
-    for changed, says in ((other, r'"\w+"'), (replace(plan, start=None), "null")):
-        with pytest.raises(BadRequestError, match=rf'has start_from "\w+" \(not {says}\); go on'):
-            train(changed)
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"start_from": "nowhere"}, "there is no length LoRA 'nowhere'"),
-        ({"rank": 2}, r"has rank 4 and alpha 4; give --rank 4 --lora-alpha 4"),
-        ({"lora_alpha": 8.0}, r"has rank 4 and alpha 4"),
-        ({"cross": True}, r"adapts 12 layers, and 24 are to be trained"),
-        ({"model": "shapes-wan"}, r"does not fit this model"),
-    ],
-)
-def test_loras_that_a_training_cannot_begin_with(
-    model: Path, tmp_path: Path, changes: dict[str, Any], says: str
-) -> None:
-    first = plan_of(tmp_path / "a", model)
-    run = training(first)
-    write(first.lora_path, run.weights(), run.described())
-    fields = {"start_from": str(first.lora_path), **changes}
-    with pytest.raises(BadRequestError, match=says):
-        plan_of(tmp_path / "b", model, **fields)
-
-
-def test_a_start_of_other_weights_is_refused(tmp_path: Path) -> None:
-    first = plan_of(tmp_path / "a", save(tmp_path / "one"), steps=1)
-    train(first)
-    wan(seed=1).save_pretrained(tmp_path / "two")
-    shutil.copy(tmp_path / "one" / "diffctrl.json", tmp_path / "two")
-    plan = plan_of(tmp_path / "b", tmp_path / "two", start_from=str(first.lora_path))
-    with pytest.raises(BadRequestError, match=r"--start-from: .* other weights than these.*\)$"):
-        training(plan)
 
 
 # --- noise levels of dense steps ----------------------------------------------------------------------------
@@ -654,7 +594,6 @@ def test_missing_captions_and_short_clips(model: Path, tmp_path: Path) -> None:
 
 
 def test_models_with_noise_schedules_of_their_own_are_refused(model: Path, tmp_path: Path) -> None:
-    import shutil
 
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
