@@ -197,7 +197,7 @@ def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition],
 def _effort(lora: LengthLoRA) -> tuple[Any, ...]:
     """Steps, those of the LoRA that it began with included, batch and rank."""
     said = lora.training
-    return said.get("steps"), said.get("earlier_steps", 0), said.get("batch"), lora.rank
+    return said.get("steps", 0) + said.get("earlier_steps", 0), said.get("batch"), lora.rank
 
 
 def _figures(suite: str, drawn: Sequence[Drawn]) -> list[Figure]:

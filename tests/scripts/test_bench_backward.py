@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +21,13 @@ def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert len(figures) == 7  # dense, two for each of two blocks, and the gain of `attend` in each
     assert figures["tiny: attend, blocks of 32"]["note"].endswith("rounds; gathered")
     assert figures["tiny: gain of attend, blocks of 16"]["note"] == "density 0.929; over sdpa dense"
+
+
+def test_shapes_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(backward.main(["--dry-run", "--rounds", "1", "--only", "tin"])) == 7
+    with pytest.raises(SystemExit):
+        backward.main(["--dry-run", "--only", "shapes-wan"])
+    assert "--only shapes-wan: no shape has that in its name" in capsys.readouterr().err
 
 
 def test_wrong_gradients_are_left_out() -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from diffctrl.drawing.source import ModelSource
+from diffctrl.errors import BadRequestError
 from diffctrl.pipelines.length_models import WanVelocity
 from diffctrl.scripts import evaluate_length, evaluate_length_error
 from diffctrl.scripts.bench import length as bench_length
@@ -22,6 +23,7 @@ from diffctrl.scripts.evaluate_length import BASE, DENSE, MASKED, RADIAL, _figur
 from diffctrl.scripts.evaluation_length import ClipRead, Condition, Drawn, bootstrapped, paired, read
 from diffctrl.scripts.evaluation_video import judged, straight_suite, video_suite
 from diffctrl.zoo import clips, judge
+from tests.length.models import lora_file, wan
 
 
 def drawn(name: str, right: list[bool], drift: float = 0.1) -> Drawn:
@@ -114,6 +116,31 @@ def test_no_base_wants_two_loras(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         evaluate_length.main(["--no-base"])
     assert "give --dense as well" in capsys.readouterr().err
+
+
+def test_loras_of_unequal_effort_or_other_methods_are_refused(tmp_path: Path) -> None:
+    pipe = wan()
+
+    def written(name: str, method: str, **training: int) -> str:
+        return str(lora_file(tmp_path / f"{name}.safetensors", pipe, method=method, training=training))
+
+    def compared(radial: str, dense: str) -> list[str]:
+        options = argparse.Namespace(radial=radial, dense=dense, no_base=False, frames=33)
+        return [condition.name for condition in evaluate_length._conditions(options, 17)[0]]
+
+    radial = written("radial", "radial", steps=5, batch=2)
+    assert compared(radial, written("equal", "dense", steps=5, batch=2))[2:4] == [RADIAL, DENSE]
+    # Three steps that began with a LoRA of two.
+    assert compared(radial, written("same", "dense", steps=3, earlier_steps=2, batch=2))[2:4] == [
+        RADIAL,
+        DENSE,
+    ]
+    unequal = {"longer": {"steps": 5, "earlier_steps": 5, "batch": 2}, "larger": {"steps": 5, "batch": 4}}
+    for name, training in unequal.items():
+        with pytest.raises(BadRequestError, match="not of equal steps, batch and rank"):
+            compared(radial, written(name, "dense", **training))
+    with pytest.raises(BadRequestError, match="was trained with radial attention"):
+        compared(radial, radial)
 
 
 def test_the_error_of_a_level_is_that_of_its_attention(tmp_path: Path) -> None:
