@@ -6,10 +6,11 @@
 Five ways, on unseen captions of all forms, of straight moves and of objects behind a wall, with the same
 noise: the base model with dense attention; the base model under the radial mask, without a LoRA; a LoRA
 trained under that mask; a LoRA of equal steps trained with dense attention; short clips of the model's own
-length, joined. Direction is the share of moves to the left, right,
-up or down that the judge reads back; reappearance the share of objects that come out from behind the wall
-unchanged; drift the change of colour and size from the first to the last third. `--quick` trains and measures
-a tiny random model on a CPU, to see that it runs.
+length, joined. `--unmasked` adds the first LoRA with dense attention: what of a difference the mask makes in
+use, and what in training. Direction is the share of moves to the left, right, up or down that the judge reads
+back; reappearance the share of objects that come out from behind the wall unchanged; drift the change of
+colour and size from the first to the last third. `--quick` trains and measures a tiny random model on a CPU,
+to see that it runs.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from typing import Any
 
 import torch
 
+from diffctrl import settings
 from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
-from diffctrl.length import LengthLoRA, read
+from diffctrl.length import LengthLoRA, read, tuned
 from diffctrl.pipelines.length import find
+from diffctrl.radial import RadialConfig
 from diffctrl.scripts.bench.harness import Figure, print_figures, write_report
 from diffctrl.scripts.evaluation_image import share
 from diffctrl.scripts.evaluation_length import Condition, Drawn, Studio, bootstrapped, paired
@@ -44,8 +47,10 @@ from diffctrl.scripts.evaluation_video import (
 
 TOPIC = "length"
 BASE, MASKED, RADIAL, DENSE = "base, dense", "base, radial", "radial LoRA", "dense LoRA"
+UNMASKED = "radial LoRA, dense attention"
 ALL, MOVES, WALLS = "all forms", "straight moves", "behind the wall"
 _SEEDS = {ALL: 63_000, MOVES: 67_000, WALLS: 64_000}
+_VALIDATION = 500_000  # added to the seeds: other captions, other noise
 _BARRED = {MOVES: "direction", WALLS: "reappears"}
 """What the bars are about: a quarter of all forms are straight moves, too few to tell two points."""
 _APART = 0.1  # points between two intervals that lie apart
@@ -66,6 +71,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dense", help="LoRA of equal steps trained with dense attention; left out without")
     parser.add_argument(
         "--no-base", action="store_true", help="the two LoRAs alone, without base model and short clips"
+    )
+    parser.add_argument(
+        "--unmasked", action="store_true", help="also the radial LoRA with dense attention: the mask in use"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the mask in use, such as dense_last_steps=4; repeatable",
+    )
+    parser.add_argument(
+        "--validation", action="store_true", help="other captions and noise, to choose options on"
     )
     parser.add_argument("--frames", type=int, default=129)
     parser.add_argument("--n", type=int, default=200, help="clips of all forms")
@@ -133,9 +151,10 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
     )
     pipe = source.load({"default": getattr(torch, options.dtype), "vae": torch.float32}).to(device)
     pipe.set_progress_bar_config(disable=True)
+    seeds = {name: seed + _VALIDATION * options.validation for name, seed in _SEEDS.items()}
     figures: list[Figure] = []
     with Studio(pipe, call, options.batch, workers) as studio:
-        for name, seed in _SEEDS.items():
+        for name, seed in seeds.items():
             suite = _suite(options, name, seed)
             if suite is None:
                 continue
@@ -148,7 +167,7 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
                 lines = {f"{top}: {suite.captions[which]}": lines.pop(top), **lines}
                 write_frames(options.picture, lines)
             extra = {"call": call, "dtype": options.dtype, "loras": loras}
-            write_report(options.out, TOPIC, figures, seeds=list(_SEEDS.values()), **extra)
+            write_report(options.out, TOPIC, figures, seeds=list(seeds.values()), **extra)
             print(f"{name}: done after {time.monotonic() - began:.0f} s", flush=True)
     print_figures(figures)
     return figures
@@ -182,8 +201,10 @@ def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition],
         raise BadRequestError("the two LoRAs are not of equal steps, batch and rank")
     if options.no_base and not options.dense:
         raise BadRequestError("--no-base compares two LoRAs; give --dense as well")
-    mask = loras["radial"].mask
+    mask = _mask(options.set, loras["radial"])
     conditions = [Condition(name=RADIAL, lora=paths["radial"], mask=mask)]
+    if options.unmasked:
+        conditions.append(Condition(name=UNMASKED, lora=paths["radial"]))
     if options.dense:
         conditions.append(Condition(name=DENSE, lora=paths["dense"]))
     if not options.no_base:
@@ -191,7 +212,21 @@ def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition],
         pieces = math.ceil(options.frames / own)
         conditions = [*base, *conditions, Condition(name=f"{pieces} short clips", short=own)]
     said = {name: {"summary": lora.summary(), **lora.training} for name, lora in loras.items()}
-    return conditions, said
+    return conditions, {**said, "set": options.set}
+
+
+def _mask(given: Sequence[str], lora: LengthLoRA) -> RadialConfig:
+    """The mask that a LoRA was trained with, and which steps are dense in use.
+
+    Raises:
+        BadRequestError: an option is not known, or makes another mask.
+    """
+    named = dict(pair.partition("=")[::2] for pair in given)
+    config = settings.parse(RadialConfig, named, of="radial")
+    mask, against = tuned(config, lora.radial or {}, named)
+    if against:
+        raise BadRequestError(f"--set makes another mask than the LoRA's: {', '.join(against)}")
+    return mask
 
 
 def _effort(lora: LengthLoRA) -> tuple[Any, ...]:

@@ -358,6 +358,24 @@ def test_compiled_calls_take_the_same_kernel():
         layer(*inputs, random_lists((128, 128), (1001, 1001), heads=3, seed=9))
 
 
+@pytest.mark.parametrize("block", [None, 32, 128])
+def test_gradients_in_compiled_code(block):
+    """Dense, over lists that the Triton backward takes, and over lists that any takes."""
+    inputs = cuda_inputs(1, 3, 3, (1001, 1001), 64, requires_grad=True)
+    mask = None if block is None else random_lists((block, block), (1001, 1001), heads=3).pin("cuda")
+    lists = None if mask is None else mask.on("cuda")
+    layer = torch.compile(lambda q, k, v, m: attend(q, k, v, mask=m), fullgraph=True)
+    direction = torch.randn(1, 1001, 3, 64, device="cuda").to(BF16)
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    expected = torch.autograd.grad(
+        attend(*exact, mask=mask, kernel="reference"), exact, direction.double().cpu()
+    )
+    out = layer(*inputs, lists)
+    assert_matches(out.detach(), None, reference(*inputs, mask))
+    for one, two in zip(torch.autograd.grad(out, inputs, direction), expected, strict=True):
+        assert float((one.double().cpu() - two).norm() / two.norm()) < 2e-2
+
+
 def test_parts_of_different_kernels_merge():
     inputs = cuda_inputs(1, 3, 3, (700, 777), 128)
     q, k, v = inputs

@@ -15,11 +15,12 @@ from PIL import Image
 
 from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
+from diffctrl.length import read as read_lora
 from diffctrl.pipelines.length_models import WanVelocity
 from diffctrl.scripts import evaluate_length, evaluate_length_error
 from diffctrl.scripts.bench import length as bench_length
 from diffctrl.scripts.bench.forwards import Times
-from diffctrl.scripts.evaluate_length import BASE, DENSE, MASKED, RADIAL, _figures
+from diffctrl.scripts.evaluate_length import BASE, DENSE, MASKED, RADIAL, UNMASKED, _figures
 from diffctrl.scripts.evaluation_length import ClipRead, Condition, Drawn, bootstrapped, paired, read
 from diffctrl.scripts.evaluation_video import judged, straight_suite, video_suite
 from diffctrl.zoo import clips, judge
@@ -106,10 +107,15 @@ def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
 
 def test_the_loras_alone(tmp_path: Path) -> None:
     out = tmp_path / "length.json"
-    evaluate_length.main(["--quick", "--no-base", "--out", str(out), "--picture", str(tmp_path / "a.png")])
-    names = [figure["name"] for figure in json.loads(out.read_text())["figures"]]
+    only = ["--quick", "--no-base", "--unmasked", "--validation", "--set", "dense_last_steps=1"]
+    evaluate_length.main([*only, "--out", str(out), "--picture", str(tmp_path / "a.png")])
+    found = json.loads(out.read_text())
+    names = [figure["name"] for figure in found["figures"]]
     assert any(name == f"behind the wall: reappears: {RADIAL} minus {DENSE}" for name in names)
-    assert {name.rpartition(": ")[2] for name in names if " minus " not in name} == {RADIAL, DENSE}
+    ways = {RADIAL, UNMASKED, DENSE}
+    assert {name.rpartition(": ")[2] for name in names if " minus " not in name} == ways
+    assert found["loras"]["set"] == ["dense_last_steps=1"]
+    assert not {*found["seeds"]} & {*evaluate_length._SEEDS.values()}
 
 
 def test_no_base_wants_two_loras(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +131,9 @@ def test_loras_of_unequal_effort_or_other_methods_are_refused(tmp_path: Path) ->
         return str(lora_file(tmp_path / f"{name}.safetensors", pipe, method=method, training=training))
 
     def compared(radial: str, dense: str) -> list[str]:
-        options = argparse.Namespace(radial=radial, dense=dense, no_base=False, frames=33)
+        options = argparse.Namespace(
+            radial=radial, dense=dense, no_base=False, unmasked=False, set=[], frames=33
+        )
         return [condition.name for condition in evaluate_length._conditions(options, 17)[0]]
 
     radial = written("radial", "radial", steps=5, batch=2)
@@ -141,6 +149,31 @@ def test_loras_of_unequal_effort_or_other_methods_are_refused(tmp_path: Path) ->
             compared(radial, written(name, "dense", **training))
     with pytest.raises(BadRequestError, match="was trained with radial attention"):
         compared(radial, radial)
+
+
+def test_dense_steps_are_the_callers_and_the_mask_is_the_loras(tmp_path: Path) -> None:
+    radial = lora_file(tmp_path / "radial.safetensors", wan())
+    lora = read_lora(radial)
+
+    def conditions(*given: str, unmasked: bool = False) -> list[Condition]:
+        options = argparse.Namespace(
+            radial=str(radial), dense=None, no_base=False, unmasked=unmasked, set=given, frames=33
+        )
+        return evaluate_length._conditions(options, 17)[0]
+
+    assert {one.name: one.mask for one in conditions()}[RADIAL] == lora.mask
+    masks = {one.name: one.mask for one in conditions("dense_steps=3", "dense_last_steps=4")}
+    assert lora.mask is not None
+    changed = replace(lora.mask, dense_fraction=None, dense_steps=3, dense_last_steps=4)
+    assert masks[RADIAL] == masks[MASKED] == changed
+    unmasked = next(one for one in conditions(unmasked=True) if one.name == UNMASKED)
+    assert (unmasked.lora, unmasked.mask) == (radial, None)
+    with pytest.raises(
+        BadRequestError, match=r"another mask than the LoRA's: sink=False \(trained with True"
+    ):
+        conditions("sink=false")
+    with pytest.raises(BadRequestError, match="no option 'dense_step'"):
+        conditions("dense_step=3")
 
 
 def test_the_error_of_a_level_is_that_of_its_attention(tmp_path: Path) -> None:
