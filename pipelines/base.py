@@ -137,7 +137,11 @@ class MethodPipelineMixin(ControlledPipelineMixin):
             if isinstance(control, make):
                 installed[index] = make(config=replace(control.config, **settings))
                 return installed
-        return [*installed, make(config=replace(self.defaults, **settings))]
+        return [*installed, make(config=replace(self._defaults_beside(settings), **settings))]
+
+    def _defaults_beside(self, settings: dict[str, Any]) -> Any:
+        """What holds where these settings say nothing."""
+        return self.defaults
 
 
 def joined_signature(stock: Callable[..., Any], own: Callable[..., Any]) -> inspect.Signature:

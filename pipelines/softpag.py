@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline, WanPipeline
 
 from diffctrl.pipelines.base import MethodPipelineMixin
 from diffctrl.processors import SoftPAGAttnProcessor
 from diffctrl.softpag import SoftPAGConfig
+from diffctrl.softpag.headset import HeadSet
 
 
 class SoftPAGPipelineMixin(MethodPipelineMixin):
@@ -35,6 +38,12 @@ class FluxSoftPAGPipeline(SoftPAGPipelineMixin, FluxPipeline):
 
     stock_class = FluxPipeline
     defaults = SoftPAGConfig(w=8.0)  # published for FLUX.1-dev
+
+    def _defaults_beside(self, settings: dict[str, Any]) -> SoftPAGConfig:
+        heads = SoftPAGConfig(heads=settings.get("heads")).heads
+        # A head set comes with the scale that suits it.
+        own = isinstance(heads, str) or (isinstance(heads, HeadSet) and heads.w is not None)
+        return SoftPAGConfig() if own else self.defaults
 
 
 class StableDiffusionXLSoftPAGPipeline(SoftPAGPipelineMixin, StableDiffusionXLPipeline):

@@ -15,6 +15,8 @@ from diffctrl.pipelines import (
     WanSoftPAGPipeline,
 )
 from diffctrl.processors import NeutralAttnProcessor, SoftPAGAttnProcessor, SoftPAGConfig
+from diffctrl.softpag import Head
+from diffctrl.softpag.headset import Chosen, HeadSet
 from tests import tiny
 from tests.pipelines import flux_pipeline, generate, sd3_pipeline, sdxl_pipeline, wan_pipeline
 
@@ -131,6 +133,18 @@ def test_every_ready_pipeline_is_stock_at_no_strength_and_apply_by_hand_else(rea
         wanted = generate(stock, steps=2, **call)
     heard = {"heads": "L0", "w": 2.0, "kind": "uniform", "mode": "sequential"}
     assert torch.equal(generate(guided, steps=2, **heard, **call), wanted)
+
+
+def test_a_head_set_keeps_its_own_scale_on_flux():
+    stock = flux_pipeline()
+    guided = FluxSoftPAGPipeline(**stock.components)
+    guided.set_progress_bar_config(disable=True)
+    heads = (Chosen(Head(0, 1)),)
+    known, unknown = HeadSet(chosen=heads, use={"w": 1.5}), HeadSet(chosen=heads)
+    for given, w in (({"heads": known}, 1.5), ({"heads": known, "w": 2.0}, 2.0), ({"heads": unknown}, 8.0)):
+        with diffctrl.apply(stock, SoftPAGAttnProcessor("L0H1", w=w)):
+            wanted = generate(stock, steps=2)
+        assert torch.equal(generate(guided, steps=2, **given), wanted)
 
 
 @pytest.mark.parametrize(("ready", "make", "call"), READY)
