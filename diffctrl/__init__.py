@@ -1,4 +1,4 @@
-"""Attention control for diffusion models: sparse, quantised, guided, grounded, on one composing engine."""
+"""Attention control for diffusion models: sparse, guided, grounded, on one composing engine."""
 
 from __future__ import annotations
 

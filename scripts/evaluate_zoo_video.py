@@ -33,6 +33,8 @@ _SEEDS = {"all forms": 61_000, "behind the wall": 62_000}
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Entry point; `arguments` as on the command line. Returns what is written to `--out`."""
     options = _parser().parse_args(arguments)
+    if options.quick:
+        options.n, options.walls, options.steps = 2, 1, 2
     began = time.monotonic()
     pipeline, call = packed_pipeline(options)
     call = {**call, "num_frames": options.frames or call["num_frames"]}
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, help="guidance scale; default as recommended")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    parser.add_argument("--quick", action="store_true", help="three clips, two steps, to see that it runs")
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     return parser
 

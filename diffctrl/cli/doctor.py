@@ -15,8 +15,8 @@ _OPTIONAL = {
     "triton": "compiled attention, QK norm and rotary embedding on GPUs; comes with torch for CUDA",
     "flash-attn-4": "extra 'gpu': the fastest dense and block-sparse kernels on H100 and B200",
     "xformers": "extra 'xformers': an optional dense backend",
-    "gradio": "extra 'demo': `diffctrl demo`",
-    "ray": "extra 'ray': batches on more than one machine",
+    "gradio": "extra 'demo': for the demo to come",
+    "ray": "extra 'ray': `diffctrl headhunt --engine ray`, on more than one machine",
 }
 
 

@@ -135,6 +135,9 @@ class _Attachment:
             site.installed = None
         self._installed.clear()
         for site in self.sites:
+            # Set by hand on an attached model; without a context it could not run.
+            if isinstance(site.module.processor, Control):
+                _carry(site.module, site.stock)
             if hasattr(site.module, _SITE):
                 delattr(site.module, _SITE)
         self._hook.remove()
@@ -171,7 +174,7 @@ class ControlHandle:
             self.remove()
 
     def remove(self) -> None:
-        """Put the same processor objects back and take the hooks off.
+        """Put the same processor objects back, also for ours that were set by hand, and take the hooks off.
 
         Raises:
             RuntimeError: it was removed before.

@@ -61,7 +61,8 @@ def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> P
     """Train, or go on where an earlier run of the same plan was stopped; returns the LoRA's file.
 
     Raises:
-        BadRequestError: the folder is of another plan, the model does not load, or the loss is not finite.
+        BadRequestError: the folder is of another plan or has a LoRA without checkpoints, the model does not
+            load, or the loss is not finite.
     """
     device = torch.device(plan.device)
     if device.index is not None:
@@ -72,7 +73,12 @@ def train(plan: TrainPlan, on_progress: OnProgress = lambda progress: None) -> P
     on_progress(Progress("loading", 0, 1))
     identity = {**plan.identity(), "processes": accelerator.num_processes // plan.ulysses_degree}
     checkpoints = Checkpoints(plan.out / "checkpoints", identity, plan.keep)
-    checkpoints.last()  # refuses to go on with other options, before anything is loaded
+    step, _ = checkpoints.last()  # refuses to go on with other options, before anything is loaded
+    if not step and plan.lora_path.exists():
+        raise BadRequestError(
+            f"{plan.lora_path} is there without checkpoints, and a new training would write over it; give "
+            "another --out, or move it away"
+        )
     clips = EncodedClips(plan)
     encoded = clips.complete
     accelerator.wait_for_everyone()  # all have looked before one of them encodes

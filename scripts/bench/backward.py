@@ -197,7 +197,13 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--only", default="", metavar="TEXT", help="shapes whose name contains this")
     parser.add_argument("--tiles", action="store_true", help="also time other tiles of the Triton passes")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU: does the script run?")
+    parser.add_argument(
+        "--quick",
+        "--dry-run",
+        dest="dry_run",
+        action="store_true",
+        help="tiny shapes on a CPU: does the script run?",
+    )
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available() and not options.dry_run
     if not cuda and not options.dry_run:

@@ -161,7 +161,13 @@ def main(arguments: list[str] | None = None) -> list[Figure]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--part", default="wan,hunyuan2x", help=f"some of {', '.join(CASES)}")
-    parser.add_argument("--dry-run", action="store_true", help="tiny models, on a CPU where there is no GPU")
+    parser.add_argument(
+        "--quick",
+        "--dry-run",
+        dest="dry_run",
+        action="store_true",
+        help="tiny models, on a CPU where there is no GPU",
+    )
     options = parser.parse_args(arguments)
     parts = options.part.split(",")
     if unknown := sorted(set(parts) - set(CASES)):

@@ -487,6 +487,9 @@ def test_other_options_are_refused_before_anything_is_loaded(
         train(plan_of(tmp_path, model))
     with pytest.raises(BadRequestError, match=r"clips.*were made with|has data"):
         train(plan_of(tmp_path, model, clips=6, steps=1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(BadRequestError, match="without checkpoints, and a new training would write over it"):
+        train(plan_of(tmp_path, model, steps=1))
 
 
 def test_a_loss_that_is_not_finite_stops(model: Path, tmp_path: Path, monkeypatch: Any) -> None:

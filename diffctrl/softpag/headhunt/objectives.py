@@ -127,7 +127,7 @@ def find(name: str, argument: str | None = None, device: str = "cpu") -> Objecti
             raise BadRequestError(f"the objective {name} takes nothing after a colon, got {argument!r}")
         return _PLAIN[name]()
     if argument is None:
-        what = "a style, as in style:sketch" if name == "style" else f"a folder, as in {name}:models/{name}"
+        what = "a style, as in style:soft" if name == "style" else f"a folder, as in {name}:models/{name}"
         raise BadRequestError(f"the objective {name} needs {what}")
     if name == "style":
         return StyleObjective(argument)
