@@ -35,4 +35,4 @@ def install() -> None:
     if (_PACKAGE / "processors").is_dir() or not (_ROOT / "processors" / "__init__.py").is_file():
         return
     if not any(isinstance(finder, _CheckoutFinder) for finder in sys.meta_path):
-        sys.meta_path.append(_CheckoutFinder())
+        sys.meta_path.insert(0, _CheckoutFinder())

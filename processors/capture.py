@@ -96,6 +96,7 @@ class CaptureAttnProcessor(ControlAttnProcessor):
     def prepare(self, context: Context, previous: Published | None) -> Published | None:
         known = self._collectors.get(id(context))
         if known is None:
+            self._collectors = {key: one for key, one in self._collectors.items() if _is_on(one[0])}
             sites = list(context.sites.values())
             collector = Collector(self.specs_on(sites), sites, self._max_bytes, self._route)
             # Kept with its context, which has this id for as long as it lives.
@@ -136,12 +137,20 @@ class CaptureAttnProcessor(ControlAttnProcessor):
         models = {context.model_name: collector for context, collector in self._collectors.values()}
         if not models:
             raise RuntimeError(f"nothing was captured for {name!r}: the model has not run yet")
+        if len(models) < len(self._collectors):
+            raise RuntimeError(
+                "this capture is on two pipelines, and which is meant is not known; give each one of its own"
+            )
         return models[_the_one("model", model, list(models))].result(name)
 
     def reset(self) -> None:
         """Forget what was captured."""
         for _, collector in self._collectors.values():
             collector.reset()
+
+
+def _is_on(context: Context) -> bool:
+    return any(getattr(site.module, "diffctrl_site", None) is site for site in context.sites.values())
 
 
 def _the_one(what: str, name: str | None, known: list[str]) -> str:

@@ -221,7 +221,7 @@ def _mask(given: Sequence[str], lora: LengthLoRA) -> RadialConfig:
     Raises:
         BadRequestError: an option is not known, or makes another mask.
     """
-    named = dict(pair.partition("=")[::2] for pair in given)
+    named = {name: value for name, _, value in (pair.partition("=") for pair in given)}
     config = settings.parse(RadialConfig, named, of="radial")
     mask, against = tuned(config, lora.radial or {}, named)
     if against:

@@ -139,6 +139,8 @@ def headhunt(
         if workers < 1:
             raise BadRequestError(f"--workers {workers} is not a number of processes; it starts at 1")
         _check_engine(engine, address)
+        if not out.name or out.is_dir():
+            raise BadRequestError(f"--out {out} is a folder; name a file, as in --out heads.json")
         plan = hunt_plan.make(request)
         for warning in plan.warnings:
             say_error(f"note: {printable(warning)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,14 +27,14 @@ from diffctrl.families import Family, ForwardInfo, Site
 class _Memory:
     """What a guidance keeps from step to step of one run (momentum); a new run begins empty."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Callable[[], Any]) -> None:
         self._scheduler = scheduler
         self._run: Any = None
         self._step = -1
         self._kept: MutableMapping[str, Any] = {}
 
     def of(self, step: int | None) -> MutableMapping[str, Any]:
-        run = getattr(self._scheduler, "timesteps", None)
+        run = getattr(self._scheduler(), "timesteps", None)
         if run is not self._run or step is None or step <= self._step:
             self._kept = {}
         self._run, self._step = run, -1 if step is None else step
@@ -56,24 +56,31 @@ class ContextHook:
         scheduler: Any,
         batch_layout: BatchLayout | None,
     ) -> None:
-        self._family, self._sites, self._context, self._scheduler = family, sites, context, scheduler
+        self._family, self._sites, self._context = family, sites, context
+        # Looked up each time: a pipeline's scheduler may be replaced while the control is on.
+        self._scheduler: Callable[[], Any] = lambda: (
+            scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
+        )
+        self._run: tuple[Any, int] = (None, 0)  # the schedule, and the step that its run began with
         self._names = PassName()
-        self._passes = Passes(family, pipe, scheduler, batch_layout, self._names)
+        self._passes = Passes(family, pipe, self._scheduler, batch_layout, self._names)
         self._publisher = Publisher(sites, family)
         self._guidance: Guidance | None = None
         self._stock_rows: Rows | None = None
         # (step, delta) of the last guided cond pass, for the uncond pass of the same step.
         self._pending: tuple[int | None, Tensor] | None = None
         self._twin = TwinPass(family, context)
-        self._memory = _Memory(scheduler)
+        self._memory = _Memory(self._scheduler)
         self._handles: list[Any] = []
 
     def register(self, model: nn.Module) -> None:
         before: Any = torch.compiler.disable(self._before)
         after: Any = torch.compiler.disable(self._after)
+        failed: Any = torch.compiler.disable(self._failed)
         self._handles = [
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after),
+            model.register_forward_hook(failed, always_call=True),
         ]
         self._names.listen(model)
 
@@ -94,14 +101,15 @@ class ContextHook:
         info = family.describe(model, call)
         if self._twin.running:
             context.info, context.rows = info, Rows.of(info.batch, "perturbed")
-            self._publisher.publish(context, controls)
+            self._publish(controls)
             return args, kwargs
         self._twin.forget()
         auxiliary = context.auxiliary = family.auxiliary(call)
         context.info = info
         context.rows = self._stock_rows = Rows.of(info.batch, "cond" if auxiliary else self._passes.layout())
-        context.step, context.total_steps = current_step(self._scheduler, info.timestep)
-        context.first_step = getattr(self._scheduler, "begin_index", None) or 0
+        scheduler = self._scheduler()
+        context.step, context.total_steps = current_step(scheduler, info.timestep)
+        context.first_step = self._first_step(scheduler, context.step)
         context.forwards += 1
         self._guidance = self._active_guidance(controls)
         if not auxiliary and (self._guidance or any(c.contributes.tells_rows for c in controls)):
@@ -114,8 +122,27 @@ class ContextHook:
             else:
                 chosen = next(c for c in controls if c.guidance is self._guidance).select(self._sites)
                 self._twin.keep(model, call, info.batch, context.rows, self._guidance.mode, chosen)
-        self._publisher.publish(context, controls)
+        self._publish(controls)
         return args, kwargs
+
+    def _failed(self, model: nn.Module, args: tuple, output: Any) -> None:
+        """After a forward that raised, take off what listens for a twin."""
+        if output is None and not self._twin.running:
+            self._twin.forget()
+
+    def _publish(self, controls: Sequence[Control]) -> None:
+        # What is kept from forward to forward must be no inference tensor: a later one may want gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            self._publisher.publish(self._context, controls)
+
+    def _first_step(self, scheduler: Any, step: int | None) -> int:
+        if hasattr(scheduler, "begin_index"):
+            return scheduler.begin_index or 0
+        # DDIM and the like do not say where a run began: it did where a new schedule is first seen.
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is not self._run[0]:
+            self._run = timesteps, step or 0
+        return self._run[1]
 
     def _active_guidance(self, controls: Sequence[Control]) -> Guidance | None:
         context = self._context

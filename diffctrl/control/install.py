@@ -228,7 +228,6 @@ class ControlHandle:
 
 def _open(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> list[_Attachment]:
     pipe = None if isinstance(target, nn.Module) else target
-    scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
     models = denoisers(target)
     return [
         _Attachment(name, model, pipe, scheduler, batch_layout, len(models)) for name, model in models.items()

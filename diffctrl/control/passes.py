@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,9 +66,33 @@ class Passes:
     def layout(self) -> BatchLayout:
         if self._batch_layout is not None:
             return self._batch_layout
+        if self._family.cfg == "batched" and self._pipe is not None:
+            self._check_caller()
         if self._family.cfg == "separate":
             return "uncond" if self._names.current in _UNCOND else "cond"
         return "uncond_cond" if self._pipe is not None and self._guided() else "cond"
+
+    def _check_caller(self) -> None:
+        """Refuse a forward that another pipeline makes of the same model: its guidance is not known here.
+
+        diffusers tells a model nothing of who calls it, so the stack is asked. Only frames of a `__call__`
+        are opened: before Python 3.13 an opened frame keeps what it holds for as long as it runs.
+        """
+        from diffusers import DiffusionPipeline
+
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "__call__":
+                owner = frame.f_locals.get("self")
+                if owner is self._pipe:
+                    return
+                if isinstance(owner, DiffusionPipeline):
+                    raise RuntimeError(
+                        f"the model runs in a {type(owner).__name__}, which shares it with the "
+                        f"{type(self._pipe).__name__} under control; `diffctrl.apply` to the pipeline that "
+                        "is called"
+                    )
+            frame = frame.f_back
 
     def _guided(self) -> bool:
         perturbs = getattr(self._pipe, "do_perturbed_attention_guidance", False)
@@ -86,7 +111,7 @@ class Passes:
             )
         # CogVideoX's pipelines keep the answer to themselves and change the scale while they run: it is read
         # where a run begins, which is where the scheduler has new timesteps.
-        timesteps = getattr(self._scheduler, "timesteps", None)
+        timesteps = getattr(self._scheduler(), "timesteps", None)
         if timesteps is None or timesteps is not self._run:
             self._run, self._run_scale = timesteps, self._pipe._guidance_scale
         return self._run_scale > 1.0
@@ -95,7 +120,7 @@ class Passes:
         """Refuse to guide a pipeline whose passes cannot be told apart: two in one step, none named."""
         if self._family.cfg != "separate" or self._batch_layout is not None or step is None:
             return
-        here = None if self._names.current else (step, getattr(self._scheduler, "timesteps", None))
+        here = None if self._names.current else (step, getattr(self._scheduler(), "timesteps", None))
         before, self._unnamed = self._unnamed, here
         if here is not None and before is not None and here[0] == before[0] and here[1] is before[1]:
             raise RuntimeError(

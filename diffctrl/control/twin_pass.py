@@ -51,7 +51,15 @@ class TwinPass:
             mode: "sequential" or "prefix".
             chosen: the perturbed sites.
         """
-        self._call, self._rows = call, (batch, rows)
+        # Taken now: a model may empty the lists that it gets (UNets: residuals of adapters).
+        taken = dict(call)
+        for name in self._family.batched:
+            if name in taken:
+                taken[name] = cond_rows(taken[name], batch, rows)
+        for name in self._family.grouped:
+            if taken.get(name) is not None:
+                taken[name] = grouped_cond_rows(taken[name], batch, rows)
+        self._call, self._rows = taken, (batch, rows)
         if mode == "prefix":
             self._prefix = Prefix(model, self._family.chains, [site.name for site in chosen])
             self._prefix.listen()
@@ -68,12 +76,6 @@ class TwinPass:
         assert self._call is not None
         assert self._rows is not None
         call, (batch, rows) = dict(self._call), self._rows
-        for name in self._family.batched:
-            if name in call:
-                call[name] = cond_rows(call[name], batch, rows)
-        for name in self._family.grouped:
-            if call.get(name) is not None:
-                call[name] = grouped_cond_rows(call[name], batch, rows)
         context, prefix = self._context, self._prefix
         before = context.info, context.rows
         self.running = True
@@ -81,7 +83,7 @@ class TwinPass:
             with ExitStack() as stack:
                 if prefix is not None:
                     stack.enter_context(prefix.replayed(lambda value: cond_rows(value, batch, rows)))
-                if getattr(model, "_diffusers_hook", None) is not None:
+                if getattr(model, "_diffusers_hook", None) is not None and hasattr(model, "cache_context"):
                     # Step caches of diffusers keep a state for each name: the twin must not read cond's.
                     stack.enter_context(model.cache_context("perturbed"))
                 output = model(**call)

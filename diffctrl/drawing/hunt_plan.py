@@ -250,7 +250,7 @@ def _texts(request: HuntRequest, objectives: Sequence[str]) -> list[str]:
         return built_in_prompts(request.limit or _BUILT_IN_COUNT, name_style=named)
     path = Path(request.prompts)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise BadRequestError(

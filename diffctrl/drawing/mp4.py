@@ -35,7 +35,7 @@ def write(frames: np.ndarray, path: Path, recipe: Recipe) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with av.open(str(unfinished), "w", format="mp4") as file:
+        with av.open(str(unfinished.absolute()), "w", format="mp4") as file:
             file.metadata[TAG] = recipe.to_json()
             options = {"crf": _QUALITY, **_REPEATABLE}
             stream: Any = file.add_stream("libx264", rate=Fraction(recipe.fps or 1), options=options)
@@ -104,6 +104,6 @@ def _opened(path: Path) -> Any:
     if not path.is_file():
         raise BadRequestError(f"there is no file {path}")
     try:
-        return av.open(str(path), "r")
+        return av.open(str(path.absolute()), "r")
     except (av.FFmpegError, OSError, ValueError):
         raise BadRequestError(f"{path} is not a video file that can be read") from None

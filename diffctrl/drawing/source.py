@@ -17,7 +17,8 @@ from diffctrl.errors import BadRequestError, nearest
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Components come from these libraries only: any other name in model_index.json would be code of the model's.
-_LIBRARIES = ("diffusers", "transformers")
+# diffusers calls its own safety checker, of Stable Diffusion 1.x, by the last.
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 _CARD = "diffctrl.json"
 _READ_WHOLE_BYTES = 512 * 2**20
 _END_BYTES = 2**20

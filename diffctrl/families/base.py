@@ -374,8 +374,9 @@ def read_once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
 
     Reading numbers off a GPU tensor waits for the GPU; pipelines hand the same mask to every step.
     """
-    version = 0 if tensor.is_inference() else tensor._version
-    known = _READ.get(tensor)
+    if tensor.is_inference():  # has no version: nobody knows whether it was written to since
+        return read(tensor)
+    version, known = tensor._version, _READ.get(tensor)
     if known is None or known[0] != version:
         known = _READ[tensor] = (version, read(tensor))
     return known[1]

@@ -159,7 +159,7 @@ def _phrases(request: GroundRequest) -> tuple[str, ...]:
     phrases = list(request.phrases)
     if request.phrases_file is not None:
         try:
-            lines = request.phrases_file.read_text(encoding="utf-8").splitlines()
+            lines = request.phrases_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise BadRequestError(f"--phrases {request.phrases_file} cannot be read ({reason})") from None
@@ -228,7 +228,10 @@ def _read(path: Path) -> list[Any]:
                     "million pixels are read"
                 )
             # Cameras write how a photograph is to be turned; a mask of the unturned pixels would be wrong.
-            return [ImageOps.exif_transpose(frame).convert("RGB") for frame in ImageSequence.Iterator(opened)]
+            frames = ImageSequence.Iterator(opened)
+            if opened.format == "MPO":  # a photograph; what follows is its gain map or other eye
+                frames = itertools.islice(frames, 1)
+            return [ImageOps.exif_transpose(frame).convert("RGB") for frame in frames]
     except BadRequestError:
         raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):

@@ -87,7 +87,8 @@ class SoftPAGConfig:
         rescale: in [0, 1]: how far the guided prediction's deviation is brought back to that of c.
         mode: "batched" runs the perturbed twin in the same batch, "sequential" as a second forward of the
             conditional rows (least memory), "prefix" as that from the first perturbed block on.
-        start_fraction, stop_fraction: the half-open part of the run that is guided.
+        start_fraction, stop_fraction: the half-open part of the schedule that is guided, by noise level: a
+            run that starts late (picture to picture) meets the later part of it.
 
     Raises:
         ValueError: a value is out of range, or options contradict each other.

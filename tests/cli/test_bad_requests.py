@@ -8,6 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
+from diffctrl.drawing.source import KINDS, ModelSource
+
 LONG = "a red star " * 200
 
 
@@ -86,6 +88,18 @@ def test_pipelines_that_are_not_drawn_with(generate, no_weights, tiny_model, tmp
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, **change}))
     _refused(generate("a red star", model=folder), says)
+
+
+def test_the_safety_checker_of_diffusers_is_no_strangers_code(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    change = {
+        "_class_name": "StableDiffusionPipeline",
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    }
+    (folder / "model_index.json").write_text(json.dumps({**index, **change}))
+    assert ModelSource.find(str(folder)).kind is KINDS["StableDiffusionPipeline"]
 
 
 def test_weights_other_than_safetensors(generate, tiny_model, tmp_path):

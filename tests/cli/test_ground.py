@@ -64,7 +64,10 @@ def test_writes_overlay_mask_and_recipe(ground, run, photo, tmp_path):
 
 def test_many_expressions_and_settings(ground, photo, tmp_path):
     phrases = tmp_path / "phrases.txt"
-    phrases.write_text("# things\nthe red star\n\nthe  blue ring\nthe red star\n", encoding="utf-8")
+    lines = "# things\nthe red star\n\nthe  blue ring\nthe red star\n"
+    phrases.write_text(
+        lines, encoding="utf-8-sig"
+    )  # with the mark that some editors put before the first line
     done = ground(
         photo, "a cross", "--phrases", phrases, "--set", "mask=mean", "--set", "sigma=0.3", "--size", "32x32"
     )
@@ -84,6 +87,15 @@ def test_photographs_are_turned_as_their_camera_says(ground, tmp_path):
     done = ground(tmp_path / "turned.jpg", "the red star")
     assert done.exit_code == 0, done.stderr
     assert "of 45 x 70" in done.stderr
+
+
+def test_a_photograph_with_its_gain_map_is_one_picture(ground, tmp_path):
+    first, second = (Image.new("RGB", size, (200, 30, 30)) for size in ((70, 45), (35, 20)))
+    first.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[second])
+    assert Image.open(tmp_path / "phone.jpg").n_frames == 2
+    done = ground(tmp_path / "phone.jpg", "the red star")
+    assert done.exit_code == 0, done.stderr
+    assert "of 70 x 45" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from diffctrl.softpag.headset import HeadSet
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("# comment\na red star\n\na blue ring\n")
+    path.write_text("# comment\na red star\n\na blue ring\n", encoding="utf-8-sig")
     return path
 
 
@@ -107,6 +107,7 @@ def test_runs_on_the_embedded_model(run, tmp_path):
         (("--prompts", "nowhere.txt"), "cannot be read"),
         (("--prompts", "built-in"), "embedded models' world"),
         (("--set", "start_fraction=2"), "window"),
+        (("--out", "."), "is a folder; name a file"),
     ],
 )
 def test_bad_requests_are_answered_before_weights_are_loaded(headhunt, no_weights, arguments, said):

@@ -29,3 +29,12 @@ def test_the_same_frames_give_the_same_file(tmp_path: Path, side: int) -> None:
     back = np.stack(list(mp4.read_frames(tmp_path / "a.mp4")))
     assert np.abs(back.mean(3) - frames.mean(3)).mean() < 10  # of colour, half the size is kept
     assert mp4.read_recipe(tmp_path / "a.mp4") == recipe
+
+
+def test_names_with_a_colon_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("2025-05-01T12:30:00") / "a.mp4"  # to the library of codecs a protocol and its address
+    recipe = dataclasses.replace(RECIPE, frames=3, fps=16)
+    mp4.write(np.zeros((3, 32, 32, 3), np.uint8), path, recipe)
+    assert mp4.read_recipe(path) == recipe
+    assert len(list(mp4.read_frames(path))) == 3

@@ -1,6 +1,7 @@
 """`import diffctrl` is quick and light; a checkout works with nothing installed."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,21 @@ def test_a_plain_checkout_finds_its_rooms(room, tmp_path):
         name, origin = found.split(maxsplit=1)
         assert name == f"diffctrl.{room}"
         assert Path(origin).is_relative_to(ROOT)
+
+
+def test_a_second_checkout_has_rooms_of_its_own(tmp_path):
+    """Whichever checkout is installed."""
+    (tmp_path / "diffctrl").mkdir()
+    (tmp_path / "processors").mkdir()
+    for name in ("__init__.py", "_checkout.py"):
+        shutil.copy(ROOT / "diffctrl" / name, tmp_path / "diffctrl")
+    (tmp_path / "processors" / "__init__.py").touch()
+    code = (
+        "import importlib.util, diffctrl\n"
+        "print(diffctrl.__file__, importlib.util.find_spec('diffctrl.processors').origin)"
+    )
+    for found in _python(code, tmp_path, path=tmp_path).split():
+        assert Path(found).is_relative_to(tmp_path)
 
 
 def test_a_checkout_exposes_no_other_folder(tmp_path):
