@@ -136,12 +136,12 @@ class ContextHook:
             self._publisher.publish(self._context, controls)
 
     def _first_step(self, scheduler: Any, step: int | None) -> int:
-        if hasattr(scheduler, "begin_index"):
-            return scheduler.begin_index or 0
+        if hasattr(scheduler, "begin_index") or hasattr(scheduler, "step_index"):
+            return getattr(scheduler, "begin_index", None) or 0
         # DDIM and the like do not say where a run began: it did where a new schedule is first seen.
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not self._run[0]:
-            self._run = timesteps, step or 0
+        timesteps, step = getattr(scheduler, "timesteps", None), step or 0
+        if timesteps is not self._run[0] or step < self._run[1]:
+            self._run = timesteps, step
         return self._run[1]
 
     def _active_guidance(self, controls: Sequence[Control]) -> Guidance | None:
