@@ -72,9 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-base", action="store_true", help="the two LoRAs alone, without base model and short clips"
     )
-    parser.add_argument(
-        "--unmasked", action="store_true", help="also the radial LoRA with dense attention: the mask in use"
-    )
+    parser.add_argument("--unmasked", action="store_true", help="also the radial LoRA with dense attention")
     parser.add_argument(
         "--set",
         action="append",
@@ -166,7 +164,7 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
                 top = next(iter(lines))
                 lines = {f"{top}: {suite.captions[which]}": lines.pop(top), **lines}
                 write_frames(options.picture, lines)
-            extra = {"call": call, "dtype": options.dtype, "loras": loras}
+            extra = {"call": call, "dtype": options.dtype, "set": options.set, "loras": loras}
             write_report(options.out, TOPIC, figures, seeds=list(seeds.values()), **extra)
             print(f"{name}: done after {time.monotonic() - began:.0f} s", flush=True)
     print_figures(figures)
@@ -212,7 +210,7 @@ def _conditions(options: argparse.Namespace, own: int) -> tuple[list[Condition],
         pieces = math.ceil(options.frames / own)
         conditions = [*base, *conditions, Condition(name=f"{pieces} short clips", short=own)]
     said = {name: {"summary": lora.summary(), **lora.training} for name, lora in loras.items()}
-    return conditions, {**said, "set": options.set}
+    return conditions, said
 
 
 def _mask(given: Sequence[str], lora: LengthLoRA) -> RadialConfig:

@@ -66,11 +66,12 @@ class Passes:
     def layout(self) -> BatchLayout:
         if self._batch_layout is not None:
             return self._batch_layout
-        if self._family.cfg == "batched" and self._pipe is not None:
-            self._check_caller()
         if self._family.cfg == "separate":
             return "uncond" if self._names.current in _UNCOND else "cond"
-        return "uncond_cond" if self._pipe is not None and self._guided() else "cond"
+        if self._pipe is None:
+            return "cond"
+        self._check_caller()
+        return "uncond_cond" if self._guided() else "cond"
 
     def _check_caller(self) -> None:
         """Refuse a forward that another pipeline makes of the same model: its guidance is not known here.

@@ -114,7 +114,7 @@ def test_the_loras_alone(tmp_path: Path) -> None:
     assert any(name == f"behind the wall: reappears: {RADIAL} minus {DENSE}" for name in names)
     ways = {RADIAL, UNMASKED, DENSE}
     assert {name.rpartition(": ")[2] for name in names if " minus " not in name} == ways
-    assert found["loras"]["set"] == ["dense_last_steps=1"]
+    assert found["set"] == ["dense_last_steps=1"]
     assert not {*found["seeds"]} & {*evaluate_length._SEEDS.values()}
 
 
