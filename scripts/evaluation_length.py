@@ -18,6 +18,7 @@ import diffctrl
 from diffctrl.pipelines.length import load_length_lora, unload_length_lora
 from diffctrl.processors import RadialAttnProcessor, RadialConfig
 from diffctrl.scripts.evaluation_video import VideoSuite, named_facts
+from diffctrl.scripts.training_video_forward import decode
 from diffctrl.zoo import clips, judge
 
 _RESAMPLES = 10_000
@@ -129,9 +130,20 @@ class Studio:
                 for index in range(len(captions))
             ]
             call = self.call if condition.short is None else {**self.call, "num_frames": condition.short}
-            found = self.pipe(captions, generator=noise, output_type="pt", **call).frames
-            drawn.append((found.float().clamp(0, 1) * 255).round().byte().cpu())
+            drawn.append(
+                self._decoded(self.pipe(captions, generator=noise, output_type="latent", **call).frames)
+            )
         yield from torch.cat(drawn, 1)[:, :frames].numpy()
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, T, 3, H, W) uint8 on the CPU, all frames at once; the stock decoder takes them two by two."""
+        vae = self.pipe.vae
+        mean, deviation = (
+            torch.tensor(values, device=latents.device)[:, None, None]
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        clips = [decode(vae, part * deviation + mean) for part in latents.float().transpose(1, 2).split(8)]
+        return ((torch.cat(clips) * 0.5 + 0.5).clamp(0, 1) * 255).round().byte().cpu()
 
     def _submit(self, video: np.ndarray, wanted: clips.ClipFacts) -> Future[ClipRead] | ClipRead:
         return read(video, wanted) if self._pool is None else self._pool.submit(read, video, wanted)

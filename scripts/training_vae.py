@@ -10,8 +10,6 @@ from .training_loop import Clock, StepRunner, say
 from .training_optimizer import Optimizer, learning_rate_at
 
 _EDGE_WEIGHT = 0.5
-_EMPHASIS = 10.0
-"""How much more than others a pixel near an object counts, where a pool says which ones are."""
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,16 +20,18 @@ def vae_objective(
     *,
     channels_last: bool = False,
     deviation: Tensor | None = None,
+    emphasis: float = 10.0,
 ) -> Objective:
     """The loss terms (4,) float32 - L1, MSE, edges, KL - of bytes (B, ..., C, H, W); noise as the latents.
 
-    A fourth channel of the bytes is no colour: it says how much more a pixel counts, 255 for `_EMPHASIS`.
+    A fourth channel of the bytes is no colour: it says how much more a pixel counts, 255 for `emphasis`.
 
     Args:
         encode: pictures or clips in [-1, 1] to mean and log variance of their latents.
         decode: the reverse.
         channels_last: pictures in that memory format.
         deviation: of the noise, in the latents' shape but for the batch; None takes the posterior's.
+        emphasis: how much more than others a pixel near an object counts, where a pool says which ones are.
     """
 
     def objective(samples: Tensor, noise: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def vae_objective(
         absolute, square = difference.abs(), difference.square()
         down, across = difference.diff(dim=-2).abs(), difference.diff(dim=-1).abs()
         if samples.shape[-3] > 3:
-            counts = 1.0 + _EMPHASIS / 255 * samples[..., 3:, :, :].float()
+            counts = 1.0 + emphasis / 255 * samples[..., 3:, :, :].float()
             absolute, square = absolute * counts, square * counts
             down, across = down * counts[..., 1:, :], across * counts[..., 1:]
         return torch.stack([absolute.mean(), square.mean(), down.mean() + across.mean(), kl.mean()])

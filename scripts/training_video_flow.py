@@ -108,7 +108,13 @@ class VideoTraining(FlowTraining):
     """The training of the video model."""
 
     trained = ("transformer", "text_encoder")
-    vae_facts = ("latents_mean", "latents_std", "psnr_mean_db", "psnr_5th_percentile_db")
+    vae_facts = (
+        "decoder_width",
+        "latents_mean",
+        "latents_std",
+        "psnr_mean_db",
+        "psnr_5th_percentile_db",
+    )
     recorded = (*FlowTraining.recorded, "whole")
 
     def __init__(

@@ -1,7 +1,7 @@
 """One file with all weights of the video model, and the pipeline folder that is built from it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ from .training_pack import (
 from .training_video_vae import SMOKE_SIZE, load_video_vae
 
 RECOMMENDED = {"num_frames": 33, "num_inference_steps": 20, "guidance_scale": 3.0, "max_sequence_length": 32}
-_VAE_FACTS = ("smoke", "latents_mean", "latents_std", "psnr_mean_db", "psnr_5th_percentile_db")
+_VAE_FACTS = (
+    "smoke",
+    "decoder_width",
+    "latents_mean",
+    "latents_std",
+    "psnr_mean_db",
+    "psnr_5th_percentile_db",
+)
 
 
 def write_video_pack(parts: VideoParts, path: Path, facts: dict[str, Any]) -> None:
@@ -35,7 +42,8 @@ def write_video_pack(parts: VideoParts, path: Path, facts: dict[str, Any]) -> No
 def read_video_pack(path: Path) -> tuple[VideoParts, dict[str, Any]]:
     """Components in float32 evaluation mode, and the facts, out of a pack."""
     facts = read_facts(path)
-    parts = video_parts(SMOKE_SIZE if facts["smoke"] else VideoSize())
+    size = SMOKE_SIZE if facts["smoke"] else VideoSize()
+    parts = video_parts(replace(size, decoder_width=facts.get("decoder_width")))
     fill_tensors(components_tensors(parts.items()), path)
     for _, module in parts.items():
         module.eval().requires_grad_(False)
@@ -76,7 +84,7 @@ def redecode(options: RedecodeOptions, *, since: float) -> None:
     stage = json.loads(options.vae.with_suffix(".json").read_text())
     vae.register_to_config(latents_mean=facts["latents_mean"], latents_std=facts["latents_std"])
     parts.vae = vae
-    facts |= {name: stage[name] for name in ("psnr_mean_db", "psnr_5th_percentile_db")}
+    facts |= {name: stage[name] for name in ("decoder_width", "psnr_mean_db", "psnr_5th_percentile_db")}
     facts["decoder"] = {name: stage[name] for name in ("steps", "minutes", "device")}
     write_video_pack(parts, options.out, facts)
     say(f"{options.out}: a decoder of {stage['psnr_mean_db']:.2f} dB", since=since)
@@ -122,7 +130,7 @@ def disassemble_video(folder: Path, out: Path) -> None:
     stage = {"steps": facts["vae_steps"], "minutes": facts["vae_minutes"]}
     if "vae_started_from" in facts:
         stage["started_from"] = facts["vae_started_from"]
-    write_json(out / "vae.json", {name: facts[name] for name in _VAE_FACTS} | stage)
+    write_json(out / "vae.json", {name: facts.get(name) for name in _VAE_FACTS} | stage)
 
 
 def _card(facts: dict[str, Any], metrics: dict[str, Any] | None, call: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from diffctrl.zoo.video import VideoSize, latent_frames, video_vae
 from .training_loop import say, training_device
 from .training_vae import float16_weights, run_vae_training, vae_objective
 from .training_video_forward import decode, encode
+from .training_widening import widened
 
 LONG_FRAMES = 129
 SMOKE_SIZE = VideoSize(pixels=32, vae_width=8, layers=2, heads=2, mlp=96, text_width=32)
 _CLIP_CHUNK = 4096
-_IMPRECISION = 0.1
+_IMPRECISION = 0.15
 """Of the transformer's latents, in standard deviations: the noise in which a decoder alone is trained."""
 
 
@@ -34,12 +35,14 @@ class VideoVaeOptions:
         start_from: `vae.safetensors` of an earlier run, `vae.json` beside it, in place of random weights.
         decoder: train the decoder alone. The latents stay as they are, and so do the transformer and the
             LoRAs that were trained on them.
+        decoder_width: of the decoder alone, its outermost level; a multiple of the present one.
         minutes: training time, without rendering and compiling.
         batch: clips per step.
         frames: of a training excerpt, odd. A frame depends on the 58 before it: trained on 9, the autoencoder
             reached 35 dB on 9 frames and 19 on 33.
         pool: rendered excerpts, 1.1 MB each on the device.
         learning_rate: peak.
+        emphasis: how much more than others a pixel near an object counts.
         kl: weight of the KL term, halved for the last part. At 1e-3 three of eight channels held nothing, and
             shapes lost their notches.
         seed: of weights, clips and order.
@@ -52,11 +55,13 @@ class VideoVaeOptions:
     out: Path
     start_from: Path | None = None
     decoder: bool = False
+    decoder_width: int | None = None
     minutes: float = 5.0
     batch: int = 5
     frames: int = 65
     pool: int = 12_000
     learning_rate: float = 1.5e-3
+    emphasis: float = 10.0
     kl: float = 2e-4
     seed: int = 0
     compile: bool = True
@@ -106,13 +111,23 @@ def train_video_vae(options: VideoVaeOptions, *, since: float) -> dict[str, Any]
     """Train, measure and save the autoencoder; returns what `vae.json` holds.
 
     Raises:
-        SystemExit: a decoder is to be trained alone, of no earlier run.
+        SystemExit: a decoder is to be trained alone, of no earlier run; or widened, and not alone; or to
+            another width than a multiple of its own.
     """
     if options.decoder and options.start_from is None:
         raise SystemExit("--decoder trains that of an earlier run; name its weights: --start-from FILE")
+    if options.decoder_width is not None and not options.decoder:
+        raise SystemExit("--decoder-width widens a trained decoder; give --decoder as well")
     device = training_device(smoke=options.smoke or options.cpu)
     size = SMOKE_SIZE if options.smoke else VideoSize()
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    vae: Any = video_vae(size) if options.start_from is None else load_video_vae(options.start_from)
+    if options.decoder_width is not None:
+        try:
+            vae = widened(vae, options.decoder_width)
+        except ValueError as error:
+            raise SystemExit(f"--decoder-width: {error}") from error
     scenes = sample_clips(options.pool, seed=options.seed + 1, frames=max(LONG_FRAMES, options.frames))
     say(f"{len(scenes)} clips sampled", since=since)
     # The fourth channel says which pixels count more: objects are a thirtieth of a clip.
@@ -126,15 +141,18 @@ def train_video_vae(options: VideoVaeOptions, *, since: float) -> dict[str, Any]
         pool[at : at + len(images)] = (torch.cat([images, near(cover)], 2) * 255).round_().to(torch.uint8)
         at += len(images)
     say(f"{len(pool)} excerpts of {options.frames} frames rendered", since=since)
-    torch.manual_seed(options.seed)
-    vae: Any = video_vae(size) if options.start_from is None else load_video_vae(options.start_from)
     vae = vae.to(device).train().requires_grad_(True)
     deviation = None
     if options.decoder:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
         deviation = _IMPRECISION * torch.tensor(vae.config.latents_std, device=device)[:, None, None]
-    objective = vae_objective(lambda x: encode(vae, x), lambda z: decode(vae, z), deviation=deviation)
+    objective = vae_objective(
+        lambda x: encode(vae, x),
+        lambda z: decode(vae, z),
+        deviation=deviation,
+        emphasis=options.emphasis,
+    )
     side = size.pixels // 4
     latent_shape = (latent_frames(options.frames), vae.config.z_dim, side, side)
     steps, minutes = run_vae_training(vae, pool, objective, latent_shape, options, since)
@@ -178,7 +196,9 @@ def _finish(
         "frames": options.frames,
         "batch": options.batch,
         "decoder": options.decoder,
+        "decoder_width": vae.config.decoder_base_dim,
         "minutes": minutes,
+        "emphasis": options.emphasis,
         "kl": options.kl,
         "seed": options.seed,
         "smoke": options.smoke,
@@ -186,8 +206,8 @@ def _finish(
     }
     if options.start_from is not None:
         before = json.loads(options.start_from.with_suffix(".json").read_text())
-        kept = ("steps", "frames", "batch", "decoder", "minutes", "kl", "device", "started_from")
-        facts["started_from"] = {name: before[name] for name in kept if name in before}
+        kept = ("steps", "frames", "batch", "decoder", "decoder_width", "minutes", "emphasis", "kl", "device")
+        facts["started_from"] = {name: before[name] for name in (*kept, "started_from") if name in before}
     (options.out / "vae.json").write_text(json.dumps(facts, indent=2) + "\n")
     say(
         f"autoencoder: PSNR {facts['psnr_mean_db']:.2f} dB mean, {facts['psnr_5th_percentile_db']:.2f} dB "
@@ -242,7 +262,8 @@ def round_trips(vae: Any, videos: Iterator[tuple[Tensor, Tensor]]) -> RoundTrips
 def load_video_vae(weights: Path) -> Any:
     """An autoencoder saved by this stage, float32 in evaluation mode, with its measured latents."""
     facts = json.loads(weights.with_suffix(".json").read_text())
-    vae = video_vae(SMOKE_SIZE if facts["smoke"] else VideoSize())
+    size = SMOKE_SIZE if facts["smoke"] else VideoSize()
+    vae = video_vae(replace(size, decoder_width=facts.get("decoder_width")))
     vae.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     vae.register_to_config(latents_mean=facts["latents_mean"], latents_std=facts["latents_std"])
     return vae.eval().requires_grad_(False)

@@ -30,6 +30,7 @@ class VideoSize:
         pixels: side of a frame, a multiple of 16.
         latent_channels: channels of the latent.
         vae_width: width of the autoencoder's outermost level; the two others have twice that.
+        decoder_width: the same of its decoder; None for the same.
         layers: transformer blocks.
         heads: attention heads of a block.
         head_dim: channels of a head, even.
@@ -42,6 +43,7 @@ class VideoSize:
     pixels: int = 64
     latent_channels: int = 8
     vae_width: int = 16
+    decoder_width: int | None = None
     layers: int = 8
     heads: int = 6
     head_dim: int = 32
@@ -100,6 +102,7 @@ def video_vae(size: VideoSize | None = None) -> "AutoencoderKLWan":
     size = size or VideoSize()
     return AutoencoderKLWan(
         base_dim=size.vae_width,
+        decoder_base_dim=size.decoder_width,
         z_dim=size.latent_channels,
         dim_mult=[1, 2, 2],  # pyright: ignore[reportArgumentType] - diffusers annotates a tuple of one
         num_res_blocks=1,

@@ -21,9 +21,11 @@ from diffctrl.scripts import evaluate_length, evaluate_length_error
 from diffctrl.scripts.bench import length as bench_length
 from diffctrl.scripts.bench.forwards import Times
 from diffctrl.scripts.evaluate_length import BASE, DENSE, MASKED, RADIAL, UNMASKED, _figures
-from diffctrl.scripts.evaluation_length import ClipRead, Condition, Drawn, bootstrapped, paired, read
+from diffctrl.scripts.evaluation_length import ClipRead, Condition, Drawn, Studio, bootstrapped, paired, read
 from diffctrl.scripts.evaluation_video import judged, straight_suite, video_suite
+from diffctrl.scripts.training_video_vae import SMOKE_SIZE
 from diffctrl.zoo import clips, judge
+from diffctrl.zoo.video import VIDEO_TOKENS, video_parts, video_pipeline
 from tests.length.models import lora_file, wan
 
 
@@ -88,6 +90,20 @@ def test_clips_are_read_as_the_models_own_evaluation_reads_them() -> None:
     assert whole["reappears"] == [True, True]
     assert all(one.colour_drift < 0.05 and one.size_drift < 0.05 for one in reads)
     assert read(np.zeros((17, 3, 32, 32), np.uint8), suite.facts[0]).facts[0] == ("exact", False)
+
+
+@torch.no_grad()
+def test_clips_are_decoded_whole_as_the_pipeline_decodes_them() -> None:
+    torch.manual_seed(0)
+    pipe = video_pipeline(video_parts(replace(SMOKE_SIZE, layers=1)))
+    pipe.vae.register_to_config(latents_mean=[0.5] * 8, latents_std=[0.5, 2.0] * 4)
+    call = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1.0}
+    studio = Studio(pipe, {**call, "max_sequence_length": VIDEO_TOKENS}, batch=2, workers=0)
+    mine = torch.tensor(np.stack([*studio._videos(Condition(name=BASE), ["a red circle", ""], seed=3)]))
+    noise = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    stock = pipe(["a red circle", ""], generator=noise, output_type="pt", **studio.call).frames
+    assert stock.std() > 0.05
+    torch.testing.assert_close(mine / 255, stock, atol=0.51 / 255, rtol=0)
 
 
 def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:

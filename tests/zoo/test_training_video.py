@@ -265,21 +265,24 @@ def test_smoke_run_stops_continues_and_becomes_a_pipeline(tmp_path, capsys):
 
 
 def _redecoded(tmp_path, before, other):
-    """A decoder trained alone comes into the pack, and nothing else does."""
+    """A decoder trained alone, here twice as wide, comes into the pack, and nothing else does."""
     parts, out = tmp_path / "again", tmp_path / "redecoded.safetensors"
     options = ["--minutes", "0.001", "--pool", "2", "--out", str(tmp_path / "decoder")]
     with pytest.raises(SystemExit, match="--start-from FILE"):
         train_zoo_video.main(["vae", "--smoke", "--decoder", *options])
-    start = ["--decoder", "--start-from", str(parts / "vae.safetensors")]
-    train_zoo_video.main(["vae", "--smoke", *start, *options])
+    start = ["--decoder", "--start-from", str(parts / "vae.safetensors"), "--decoder-width"]
+    with pytest.raises(SystemExit, match="--decoder-width: a decoder of width 8 .* got 12"):
+        train_zoo_video.main(["vae", "--smoke", *start, "12", *options])
+    train_zoo_video.main(["vae", "--smoke", *start, "16", *options])
     command = ["redecode", "--pack", str(parts / "pack.safetensors"), "--out", str(out), "--vae"]
     train_zoo_video.main([*command, str(tmp_path / "decoder" / "vae.safetensors")])
     after, facts = read_video_pack(out)
     assert facts["decoder"]["device"] == "cpu"
+    assert facts["decoder_width"] == after.vae.config.decoder_base_dim == 16
     moved = {
         name.split(".")[0]
         for name, value in after.vae.state_dict().items()
-        if not torch.equal(value, before.vae.state_dict()[name])
+        if not value.equal(before.vae.state_dict()[name])
     }
     assert moved == {"decoder", "post_quant_conv"}
     for name in ("transformer", "text_encoder"):
