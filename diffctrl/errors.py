@@ -18,3 +18,18 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(name, list(accepted), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def check_text(text: str, what: str) -> None:
+    """Refuse text that is no Unicode, which no tokenizer takes: bytes of a command line that are not UTF-8.
+
+    Raises:
+        BadRequestError: it has such bytes.
+
+    >>> check_text("ein roter Stern", "the prompt")
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = ascii(text)
+        raise BadRequestError(f"{what} {shown} is not UTF-8 text; write it in the terminal's UTF-8") from None

@@ -20,7 +20,7 @@ from diffctrl.drawing.choices import (
 )
 from diffctrl.drawing.recipe import ControlSpec, LoraSpec, Recipe
 from diffctrl.drawing.source import ModelSource
-from diffctrl.errors import BadRequestError
+from diffctrl.errors import BadRequestError, check_text
 
 DEFAULT_MODEL = "shapes-sd3"
 
@@ -90,6 +90,7 @@ def make(request: Request) -> Plan:
     prompt = first(request.prompt, recipe and recipe.prompt)
     if not prompt or not prompt.strip():
         raise BadRequestError('there is no prompt; write one, as in `diffctrl generate "a red star"`')
+    check_text(prompt, "the prompt")
     controls = read_controls(request.methods, request.settings, recipe.controls if recipe is not None else ())
     for spec in controls:
         if (command := methods.METHODS[spec.method].command) != "generate":
@@ -199,6 +200,7 @@ def _check_numbers(steps: int, guidance: float) -> None:
 
 
 def _check_negative(source: ModelSource, negative: str | None, guidance: float) -> None:
+    check_text(negative or "", "the negative prompt")
     if negative and not source.kind.takes_negative:
         raise BadRequestError(
             f"{source.name} is a {source.config()['_class_name']}, which reads no negative prompt"

@@ -40,7 +40,8 @@ def overlay(picture: Any, found: Grounding) -> Any:
     pen = ImageDraw.Draw(sheet)
     if found.box is not None:
         left, top, right, bottom = (round(value * scale) for value in found.box)
-        pen.rectangle((left, top, right - 1, bottom - 1), outline=_BOX)
+        left, top = min(left, size[1] - 1), min(top, size[0] - 1)  # rounded out of a picture that is thin
+        pen.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=_BOX)
     x, y = (value * scale for value in found.point)
     pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=_EDGE, outline=_INK, width=2)
     for index, line in enumerate(lines):

@@ -15,7 +15,7 @@ from diffctrl.drawing.choices import choose_device
 from diffctrl.drawing.kinds import KINDS
 from diffctrl.drawing.prompts import unknown_words
 from diffctrl.drawing.source import ModelSource
-from diffctrl.errors import BadRequestError
+from diffctrl.errors import BadRequestError, check_text
 
 if TYPE_CHECKING:
     from diffctrl.refam import RefAMConfig
@@ -170,6 +170,8 @@ def _phrases(request: GroundRequest) -> tuple[str, ...]:
             'there is no expression; write one, as in `diffctrl ground photo.png "the red cup"`, or name '
             "a file with --phrases"
         )
+    for phrase in phrases:
+        check_text(phrase, "the expression")
     return tuple(dict.fromkeys(phrases))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffctrl.drawing.choices import choose_device, first, processors, read_controls
 from diffctrl.drawing.recipe import ControlSpec
-from diffctrl.errors import BadRequestError
+from diffctrl.errors import BadRequestError, check_text
 from diffctrl.writing.recipe import TextRecipe
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def make(request: TextRequest) -> TextPlan:
     prompt = first(request.prompt, recipe and recipe.prompt)
     if not prompt or not prompt.strip():
         raise BadRequestError('there is no prompt; write one, as in `diffctrl text "copy k3xq9z0w"`')
+    check_text(prompt, "the prompt")
     controls = read_controls(request.methods, request.settings, recipe.controls if recipe is not None else ())
     seed = first(request.seed, recipe and recipe.seed, 0)
     if not 0 <= seed < 2**63:

@@ -43,6 +43,8 @@ LONG = "a red star " * 200
         ((LONG,), "too long"),
         (("a red star", "--negative", LONG), "negative prompt is too long"),
         ((" ",), "no prompt"),
+        (("a red \udcff star",), r"the prompt 'a red \udcff star' is not UTF-8"),
+        (("a red star", "--negative", "\udcff"), "the negative prompt '\\udcff' is not UTF-8"),
         ((), "no prompt"),
         (("a red star", "--from", "missing.png"), "no file missing.png"),
     ],

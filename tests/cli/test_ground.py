@@ -103,6 +103,7 @@ def test_a_photograph_with_its_gain_map_is_one_picture(ground, tmp_path):
     [
         ((), "no expression"),
         ((" ",), "no expression"),
+        (("a \udcff star",), "the expression 'a \\udcff star' is not UTF-8"),
         (("a star", "--phrases", "missing.txt"), "cannot be read"),
         (("a star", "--set", "sigmas=1"), "did you mean sigma?"),
         (("a star", "--set", "sigma=1"), "between 0"),
@@ -121,6 +122,14 @@ def test_a_photograph_with_its_gain_map_is_one_picture(ground, tmp_path):
 )
 def test_one_sentence_and_exit_code_2(ground, no_weights, photo, arguments, says):
     _refused(ground(photo, *arguments), says)
+
+
+def test_pictures_a_pixel_thin(ground, tmp_path):
+    for width, height in ((1500, 1), (1, 1500), (1, 1)):
+        Image.new("RGB", (width, height), "red").save(tmp_path / "thin.png")
+        done = ground(tmp_path / "thin.png", PHRASE)
+        assert done.exit_code == 0, done.stderr
+        assert np.asarray(Image.open(done.stdout.split("\n")[1])).shape == (height, width)
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,7 @@ def test_text_cannot_steer_the_terminal(run, tmp_path, monkeypatch):
     [
         ((), "there is no prompt"),
         ((" ",), "there is no prompt"),
+        (("copy \udcff",), "the prompt 'copy \\udcff' is not UTF-8"),
         (("a", "--method", "sparsd"), "did you mean sparsed?"),
         (("a", "--method", "softpag"), "softpag does not work on language models"),
         (("a", "--method", "sparsed", "--set", "selekt=1"), "did you mean select?"),
