@@ -164,6 +164,9 @@ class Site:
     mask: Any = None
     valid_keys: Any = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:  # it would publish into the first model's context
+        raise TypeError("a model under a control of diffctrl cannot be copied; call `control.remove()` first")
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -592,6 +593,19 @@ def test_set_attn_processor_is_apply() -> None:
     with diffctrl.set_attn_processor(pipe, NeutralAttnProcessor()) as control:
         assert torch.equal(generate(pipe), stock)
         assert control.stats()["transformer"]["controlled"] == 5
+
+
+def test_a_controlled_model_is_not_copied() -> None:
+    pipe = sd3_pipeline()
+    attached = wan_pipeline().transformer
+    controls = diffctrl.apply(pipe, NeutralAttnProcessor()), diffctrl.attach(attached)
+    for model in (pipe.transformer, attached):
+        with pytest.raises(TypeError, match=r"cannot be copied; call `control.remove\(\)` first"):
+            copy.deepcopy(model)
+    for control in controls:
+        control.remove()
+    copied = copy.deepcopy(pipe.transformer)
+    assert diffctrl.summary(copied).endswith("stock attention")
 
 
 def test_a_compiled_model_is_controlled_through_its_wrapper() -> None:
