@@ -156,7 +156,10 @@ def _measure(options: argparse.Namespace) -> list[Figure]:
             suite = _suite(options, name, seed)
             if suite is None:
                 continue
-            drawn = [studio.draw(condition, suite, seed) for condition in conditions]
+            drawn = []
+            for condition in conditions:
+                drawn.append(studio.draw(condition, suite, seed))
+                print(f"{name}: {drawn[-1].line()}", flush=True)
             figures += _figures(name, drawn)
             if options.picture is not None and name == ALL:
                 which = telling(suite, options.batch)

@@ -73,6 +73,12 @@ class Drawn:
         """Facts of one kind; of the same clips in every condition, in the same order."""
         return [right for read in self.reads for name, right in read.facts if name == kind]
 
+    def line(self) -> str:
+        """Shares of right facts in one line, for who waits for the others."""
+        kinds = sorted({name for read in self.reads for name, _ in read.facts})
+        shares = "  ".join(f"{kind} {100 * np.mean(self.flags(kind)):.1f} %" for kind in kinds)
+        return f"{self.condition.name}: {shares}"
+
 
 class Studio:
     """Draws and reads; the judge works beside the drawing.

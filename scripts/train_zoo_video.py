@@ -5,13 +5,15 @@
     runs/wan.safetensors
     python -m diffctrl.scripts.train_zoo_video assemble runs/wan.safetensors diffctrl/zoo/weights/shapes-wan
 
-A better decoder for a trained model, which is all else what it was, LoRAs included:
+A better decoder for a trained model, which is all else what it was, LoRAs included. One, twice as wide, lies
+in `runs/wan-decoder`; the second command made it, on an H200:
 
     python -m diffctrl.scripts.train_zoo_video disassemble diffctrl/zoo/weights/shapes-wan runs/parts
-    python -m diffctrl.scripts.train_zoo_video vae --decoder --start-from runs/parts/vae.safetensors --out
-    runs/vae
+    python -m diffctrl.scripts.train_zoo_video vae --decoder --start-from runs/parts/vae.safetensors
+    --decoder-width 32 --emphasis 30 --learning-rate 1.2e-3 --seed 5 --minutes 9 --out runs/wan-decoder
     python -m diffctrl.scripts.train_zoo_video redecode --pack runs/parts/pack.safetensors --vae
-    runs/vae/vae.safetensors --out runs/wan.safetensors
+    runs/wan-decoder/vae.safetensors --out runs/wan.safetensors
+    python -m diffctrl.scripts.train_zoo_video assemble runs/wan.safetensors diffctrl/zoo/weights/shapes-wan
 
 `--smoke` runs `vae` and `wan` on a CPU, small and short. Each command prints its options with `--help`.
 """

@@ -56,6 +56,10 @@ def test_the_claims_hold_where_they_do() -> None:
     assert all(figure.bar is None for figure in unbarred)
 
 
+def test_a_condition_is_told_before_the_others_are_drawn() -> None:
+    assert drawn(RADIAL, [True, True, False]).line() == f"{RADIAL}: direction 66.7 %"
+
+
 def test_paired_intervals_leave_out_what_cannot_be_told() -> None:
     assert paired([1.0, math.nan, 3.0], [0.0, 1.0, 2.0]) == (1.0, 1.0, 1.0)
     assert all(math.isnan(value) for value in bootstrapped([]))
