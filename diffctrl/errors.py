@@ -31,5 +31,6 @@ def check_text(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        shown = ascii(text)
-        raise BadRequestError(f"{what} {shown} is not UTF-8 text; write it in the terminal's UTF-8") from None
+        raise BadRequestError(
+            f"{what} {ascii(text)} is not UTF-8 text; type it in a terminal that is set to UTF-8"
+        ) from None

@@ -17,7 +17,7 @@ import torch
 import diffctrl
 from diffctrl.pipelines.length import load_length_lora, unload_length_lora
 from diffctrl.processors import RadialAttnProcessor, RadialConfig
-from diffctrl.scripts.evaluation_video import VideoSuite, named_facts
+from diffctrl.scripts.evaluation_video import VideoSuite, named_facts, rates_line
 from diffctrl.scripts.training_video_forward import decode
 from diffctrl.zoo import clips, judge
 
@@ -75,9 +75,8 @@ class Drawn:
 
     def line(self) -> str:
         """Shares of right facts in one line, for who waits for the others."""
-        kinds = sorted({name for read in self.reads for name, _ in read.facts})
-        shares = "  ".join(f"{kind} {100 * np.mean(self.flags(kind)):.1f} %" for kind in kinds)
-        return f"{self.condition.name}: {shares}"
+        kinds = {name for read in self.reads for name, _ in read.facts}
+        return f"{self.condition.name}: {rates_line({kind: self.flags(kind) for kind in kinds})}"
 
 
 class Studio:

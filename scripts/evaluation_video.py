@@ -112,8 +112,16 @@ def _kinds(motion: str) -> dict[str, bool]:
 
 def judged_line(videos: Tensor, suite: VideoSuite) -> str:
     """Shares of right facts in one line."""
-    rates = judged(videos, suite).items()
-    return "  ".join(f"{name} {100 * sum(f) / len(f):.0f}% ({len(f)})" for name, f in sorted(rates))
+    return rates_line(judged(videos, suite))
+
+
+def rates_line(rates: Mapping[str, list[bool]]) -> str:
+    """Shares of right facts of each kind in one line.
+
+    >>> rates_line({"shape": [True, False]})
+    'shape 50.0% (2)'
+    """
+    return "  ".join(f"{name} {100 * sum(f) / len(f):.1f}% ({len(f)})" for name, f in sorted(rates.items()))
 
 
 def measured(

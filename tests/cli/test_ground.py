@@ -65,9 +65,7 @@ def test_writes_overlay_mask_and_recipe(ground, run, photo, tmp_path):
 def test_many_expressions_and_settings(ground, photo, tmp_path):
     phrases = tmp_path / "phrases.txt"
     lines = "# things\nthe red star\n\nthe  blue ring\nthe red star\n"
-    phrases.write_text(
-        lines, encoding="utf-8-sig"
-    )  # with the mark that some editors put before the first line
+    phrases.write_text(lines, encoding="utf-8-sig")  # with the mark that some editors put before it
     done = ground(
         photo, "a cross", "--phrases", phrases, "--set", "mask=mean", "--set", "sigma=0.3", "--size", "32x32"
     )

@@ -56,8 +56,8 @@ def test_the_claims_hold_where_they_do() -> None:
     assert all(figure.bar is None for figure in unbarred)
 
 
-def test_a_condition_is_told_before_the_others_are_drawn() -> None:
-    assert drawn(RADIAL, [True, True, False]).line() == f"{RADIAL}: direction 66.7 %"
+def test_a_condition_is_told_in_a_line() -> None:
+    assert drawn(RADIAL, [True, True, False]).line() == f"{RADIAL}: direction 66.7% (3)"
 
 
 def test_paired_intervals_leave_out_what_cannot_be_told() -> None:
@@ -125,7 +125,7 @@ def test_it_runs_and_writes_its_figures(tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in json.dumps(found["loras"])
 
 
-def test_the_loras_alone(tmp_path: Path) -> None:
+def test_the_loras_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "length.json"
     only = ["--quick", "--no-base", "--unmasked", "--validation", "--set", "dense_last_steps=1"]
     evaluate_length.main([*only, "--out", str(out), "--picture", str(tmp_path / "a.png")])
@@ -135,6 +135,8 @@ def test_the_loras_alone(tmp_path: Path) -> None:
     ways = {RADIAL, UNMASKED, DENSE}
     assert {name.rpartition(": ")[2] for name in names if " minus " not in name} == ways
     assert found["set"] == ["dense_last_steps=1"]
+    told = capsys.readouterr().out  # of each before the next is drawn: a machine may go away in between
+    assert 0 <= told.find(f"behind the wall: {RADIAL}: ") < told.rfind(f"  {UNMASKED}: 1 of 1")
     assert not {*found["seeds"]} & {*evaluate_length._SEEDS.values()}
 
 

@@ -122,6 +122,24 @@ def test_a_decoder_alone_is_trained_in_the_noise_that_it_is_given():
     torch.testing.assert_close(seen[1], mean + torch.tensor(1.0).exp() * noise)
 
 
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_options_of_the_loss_reach_it(tmp_path, monkeypatch, decoder):
+    vae = video_vae(training_video_vae.SMOKE_SIZE)
+    vae.register_to_config(latents_std=[2.0] * 8)
+    seen = {}
+    monkeypatch.setattr(training_video_vae, "load_video_vae", lambda _: vae)
+    monkeypatch.setattr(training_video_vae, "vae_objective", lambda *_, **options: seen.update(options))
+    monkeypatch.setattr(training_video_vae, "run_vae_training", lambda *_: (1, 0.0))
+    monkeypatch.setattr(training_video_vae, "_finish", lambda *_, **__: {})
+    start = ["--decoder", "--start-from", str(tmp_path / "vae.safetensors")] if decoder else []
+    train_zoo_video.main(["vae", "--smoke", "--out", str(tmp_path), "--pool", "2", "--emphasis", "7", *start])
+    assert seen["emphasis"] == 7
+    if decoder:
+        torch.testing.assert_close(seen["deviation"].flatten(), torch.full((8,), 0.3))
+    else:
+        assert seen["deviation"] is None
+
+
 def test_what_is_near_an_object_counts_more_in_every_term_but_the_latents():
     zero = torch.zeros(1, 3, 3, 2, 4, 4)
     samples = torch.full((1, 3, 4, 8, 8), 128, dtype=torch.uint8)
@@ -129,9 +147,9 @@ def test_what_is_near_an_object_counts_more_in_every_term_but_the_latents():
     samples[:, :, 3, :, 4:] = 255  # the right half
     error = torch.zeros(1, 3, 3, 8, 8)
 
-    def parts(pool):
+    def parts(pool, **options):
         target = pool[:, :, :3].float() / 127.5 - 1
-        objective = vae_objective(lambda _: (zero[:, 0], zero[:, 1]), lambda _: target + error)
+        objective = vae_objective(lambda _: (zero[:, 0], zero[:, 1]), lambda _: target + error, **options)
         return objective(pool, zero[:, 2]).tolist()
 
     for columns, times in ((slice(1, 3), 1), (slice(5, 7), 11)):
@@ -139,6 +157,8 @@ def test_what_is_near_an_object_counts_more_in_every_term_but_the_latents():
         plain, counted = parts(samples[:, :, :3]), parts(samples)
         assert plain == pytest.approx([0.125, 0.0625, 2 * 0.5 / 7, 0.0])
         assert counted == pytest.approx([times * value for value in plain])
+        more = parts(samples, emphasis=30.0)
+        assert more == pytest.approx([(3 * times - 2) * value for value in plain])
     error.zero_()[..., 3, :] = 0.5  # an edge across: half of its length counts more
     assert parts(samples)[2] == pytest.approx(6 * parts(samples[:, :, :3])[2])
 
@@ -258,31 +278,30 @@ def test_smoke_run_stops_continues_and_becomes_a_pipeline(tmp_path, capsys):
     assert f"Before it, newest first: {stages[0]['started_from']['steps']} steps" in card
     for (_, first), (_, second) in zip(read.items(), again.items(), strict=True):
         assert all(map(torch.equal, first.parameters(), second.parameters()))
-    _redecoded(tmp_path, again, other=vae)
+    _redecoded(tmp_path, again, vae)
+    _redecoded(tmp_path, again, vae, "--decoder-width", "16")
     write_video_pack(video_parts(SMALL), pack, facts)
     with pytest.raises((ValueError, RuntimeError)):
         read_video_pack(pack)
 
 
-def _redecoded(tmp_path, before, other):
-    """A decoder trained alone, here twice as wide, comes into the pack, and nothing else does."""
+def _redecoded(tmp_path, before, other, *wider):
+    """A decoder trained alone, as wide as it was or wider, comes into the pack, and nothing else does."""
     parts, out = tmp_path / "again", tmp_path / "redecoded.safetensors"
     options = ["--minutes", "0.001", "--pool", "2", "--out", str(tmp_path / "decoder")]
     with pytest.raises(SystemExit, match="--start-from FILE"):
         train_zoo_video.main(["vae", "--smoke", "--decoder", *options])
-    start = ["--decoder", "--start-from", str(parts / "vae.safetensors"), "--decoder-width"]
-    with pytest.raises(SystemExit, match="--decoder-width: a decoder of width 8 .* got 12"):
-        train_zoo_video.main(["vae", "--smoke", *start, "12", *options])
-    train_zoo_video.main(["vae", "--smoke", *start, "16", *options])
+    start = ["--decoder", "--start-from", str(parts / "vae.safetensors"), *wider]
+    train_zoo_video.main(["vae", "--smoke", *start, *options])
     command = ["redecode", "--pack", str(parts / "pack.safetensors"), "--out", str(out), "--vae"]
     train_zoo_video.main([*command, str(tmp_path / "decoder" / "vae.safetensors")])
     after, facts = read_video_pack(out)
     assert facts["decoder"]["device"] == "cpu"
-    assert facts["decoder_width"] == after.vae.config.decoder_base_dim == 16
+    assert facts["decoder_width"] == after.vae.config.decoder_base_dim == (16 if wider else None)
     moved = {
         name.split(".")[0]
         for name, value in after.vae.state_dict().items()
-        if not value.equal(before.vae.state_dict()[name])
+        if not torch.equal(value, before.vae.state_dict()[name])
     }
     assert moved == {"decoder", "post_quant_conv"}
     for name in ("transformer", "text_encoder"):

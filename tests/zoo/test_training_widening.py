@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffctrl.scripts import train_zoo_video, training_widening
+from diffctrl.scripts import train_zoo_video, training_video_vae, training_widening
 from diffctrl.scripts.training_video_forward import decode
 from diffctrl.scripts.training_widening import widened
 from diffctrl.zoo.video import VideoSize, video_vae
@@ -53,3 +53,11 @@ def test_twins_are_trained_apart_as_they_are_weighed_unevenly(uneven, monkeypatc
 def test_only_a_decoder_alone_is_widened(tmp_path):
     with pytest.raises(SystemExit, match="--decoder-width widens a trained decoder; give --decoder"):
         train_zoo_video.main(["vae", "--smoke", "--decoder-width", "16", "--out", str(tmp_path)])
+
+
+def test_other_widths_are_refused_before_clips_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_video_vae, "load_video_vae", lambda _: _vae(8))
+    monkeypatch.setattr(training_video_vae, "sample_clips", lambda *_, **__: pytest.fail("clips were drawn"))
+    start = ["--decoder", "--start-from", str(tmp_path / "vae.safetensors"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="--decoder-width: a decoder of width 8 .* got 12"):
+        train_zoo_video.main(["vae", "--smoke", *start, "--decoder-width", "12"])
