@@ -5,8 +5,8 @@
     runs/wan.safetensors
     python -m diffctrl.scripts.train_zoo_video assemble runs/wan.safetensors diffctrl/zoo/weights/shapes-wan
 
-A better decoder for a trained model, which is all else what it was, LoRAs included. One, twice as wide, lies
-in `runs/wan-decoder`; the second command made it, on an H200:
+A better decoder for a trained model, which is all else what it was, LoRAs included. That of `shapes-wan` was
+made so on an H200, out of one half as wide:
 
     python -m diffctrl.scripts.train_zoo_video disassemble diffctrl/zoo/weights/shapes-wan runs/parts
     python -m diffctrl.scripts.train_zoo_video vae --decoder --start-from runs/parts/vae.safetensors

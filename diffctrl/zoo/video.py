@@ -24,13 +24,14 @@ VIDEO_WEIGHT_NAMES = ("vae", "transformer", "text_encoder")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSize:
-    """The numbers that a smaller model for tests may change; the defaults are the shipped model's.
+    """The numbers that a smaller model for tests may change; the defaults are what `shapes-wan` is trained with.
 
     Args:
         pixels: side of a frame, a multiple of 16.
         latent_channels: channels of the latent.
         vae_width: width of the autoencoder's outermost level; the two others have twice that.
-        decoder_width: the same of its decoder; None for the same.
+        decoder_width: the same of its decoder; None for the same. That of `shapes-wan` is widened to 32 after
+            the training.
         layers: transformer blocks.
         heads: attention heads of a block.
         head_dim: channels of a head, even.

@@ -52,6 +52,11 @@ def test_importing_the_zoo_loads_no_heavy_package():
     assert done.stdout.strip() == "[]"
 
 
+def test_all_models_together_are_what_the_package_has_room_for():
+    files = [file for name in registry.EMBEDDED for file in registry.path(name).rglob("*")]
+    assert sum(file.stat().st_size for file in files) <= 35_000_000
+
+
 @pytest.mark.parametrize("name", sorted(registry.EMBEDDED))
 def test_files_are_small_and_safe(name):
     files = [file for file in registry.path(name).rglob("*") if file.is_file()]
