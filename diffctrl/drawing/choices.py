@@ -22,7 +22,11 @@ def first(*values: Any) -> Any:
 
 
 def read_controls(
-    names: tuple[str, ...] | None, pairs: Iterable[tuple[str, str]], recorded: Iterable[ControlSpec] = ()
+    names: tuple[str, ...] | None,
+    pairs: Iterable[tuple[str, str]],
+    recorded: Iterable[ControlSpec] = (),
+    *,
+    same_model: bool = True,
 ) -> tuple[ControlSpec, ...]:
     """The methods with all of their settings; a recipe's settings stay unless its method is left out.
 
@@ -30,6 +34,7 @@ def read_controls(
         names: of the methods in order, "none" alone for the stock model; None for those of the recipe.
         pairs: (name, text) of settings; the name is "option" or "method.option".
         recorded: the recipe's.
+        same_model: the model is the recipe's.
 
     Raises:
         BadRequestError: a method or option is unknown, or a value is out of range.
@@ -47,9 +52,12 @@ def read_controls(
             f"--set {pairs[0][0]} has no method to go to; add --method, one of "
             f"{', '.join(sorted(methods.METHODS))}"
         )
-    given = {name: dict(before.get(name, {})) for name in found}
     classes = {name: method.config_class() for name, method in found.items()}
     owned = [(*_owner(key, classes), text) for key, text in pairs]
+    given = {}
+    for name in found:
+        said = {option: text for owner, option, text in owned if owner == name}
+        given[name] = _kept(before.get(name, {}), said, same_model)
     # A head set brings its u and w along; what is said beside it goes before them, in any order.
     for name, option, text in sorted(owned, key=lambda each: not is_head_set(*each[1:])):
         given[name] |= _of_head_set(text) if is_head_set(option, text) else {option: text}
@@ -57,6 +65,26 @@ def read_controls(
         ControlSpec(method=name, settings=settings.as_plain(settings.parse(classes[name], values, of=name)))
         for name, values in given.items()
     )
+
+
+def _kept(recorded: Mapping[str, Any], said: Mapping[str, str], same_model: bool) -> dict[str, Any]:
+    """A recipe's settings, without the u and w of a head set that is not used again.
+
+    A recipe holds numbers also where they came with a shipped set; other heads bring their own.
+    """
+    changes = not same_model or not said.keys().isdisjoint(("heads", "kind"))
+    if "heads" not in recorded or not changes:
+        return dict(recorded)
+    if not _are_of_a_set(recorded["heads"]) and not _are_of_a_set(said.get("heads", "")):
+        return dict(recorded)
+    return {name: value for name, value in recorded.items() if name not in ("u", "w")}
+
+
+def _are_of_a_set(heads: str | None) -> bool:
+    """Whether heads are those of a set: a shipped one, by its name or as the default, or one in a file."""
+    from diffctrl.softpag import library
+
+    return heads is None or library.is_name(heads) or is_head_set("heads", heads)
 
 
 def is_head_set(option: str, text: str) -> bool:

@@ -91,7 +91,12 @@ def make(request: Request) -> Plan:
     if not prompt or not prompt.strip():
         raise BadRequestError('there is no prompt; write one, as in `diffctrl generate "a red star"`')
     check_text(prompt, "the prompt")
-    controls = read_controls(request.methods, request.settings, recipe.controls if recipe is not None else ())
+    controls = read_controls(
+        request.methods,
+        request.settings,
+        recipe.controls if recipe is not None else (),
+        same_model=recipe is None or request.model in (None, recipe.model),
+    )
     for spec in controls:
         if (command := methods.METHODS[spec.method].command) != "generate":
             raise BadRequestError(f"{spec.method} changes no picture; it is used by `diffctrl {command}`")

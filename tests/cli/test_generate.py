@@ -1,5 +1,6 @@
 """`diffctrl generate`: a file with its recipe, repeated to the same pixels, whole or not at all."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -58,6 +59,33 @@ def test_options_override_the_recipe(generate, run, tmp_path):
     assert recipe.controls[0].settings["w"] == 2.0
     run("generate", "--from", first, "--method", "none", "--out", tmp_path / "stock")
     assert png.read_recipe(_only(tmp_path / "stock")).controls == ()
+
+
+def test_a_recipes_u_and_w_go_with_its_head_set(generate, tmp_path):
+    from diffctrl.drawing.plan import Request, make
+
+    def strengths(recipe, *settings, model=None):
+        (control,) = make(Request(recipe=recipe, model=model, settings=settings)).controls
+        return control.settings["u"], control.settings["w"]
+
+    plan = make(Request(prompt="a red star", model="shapes-sd3", methods=("softpag",)))
+    generate("a red star", "--method", "softpag", "--set", "heads=L1", "--set", "u=0.7", "--set", "w=2")
+    named = png.read_recipe(_only(tmp_path / "out"))
+    quality = dataclasses.replace(named, model="shapes-sd3", controls=plan.controls)
+    flat = make(
+        Request(
+            prompt="a red star", model="shapes-sd3", methods=("softpag",), settings=(("heads", "style:flat"),)
+        )
+    ).controls[0]
+    own = strengths(quality)
+    assert strengths(quality, ("heads", "style:flat")) == (flat.settings["u"], flat.settings["w"]) != own
+    assert strengths(quality, ("heads", "style:flat"), ("u", "0.2")) == (0.2, flat.settings["w"])
+    assert strengths(quality, ("scope", "image_rows")) == own
+    assert strengths(quality, ("kind", "uniform")) == (0.5, 3.0)
+    assert strengths(quality, model=named.model) == (0.5, 3.0)  # a model without sets
+    # What was said beside heads, without a set, stays.
+    assert strengths(named, ("heads", "L0")) == (0.7, 2.0)
+    assert strengths(dataclasses.replace(named, model="shapes-sd3"), ("heads", "quality")) == own
 
 
 def test_a_seed_does_not_depend_on_its_neighbours(generate, tmp_path):
