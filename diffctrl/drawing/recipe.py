@@ -163,7 +163,7 @@ class Recipe:
 def differences(was: Any, now: Any, names: Iterable[str]) -> list[str]:
     """What differs between two recipes of one kind: weights, versions, and the attributes named."""
     found = []
-    if was.weights != now.weights:
+    if was.model == now.model and was.weights != now.weights:
         found.append(f"weights of {now.model} were {was.weights.sha256[:12]}, are {now.weights.sha256[:12]}")
     for package, version in was.versions.items():
         if now.versions.get(package) != version:

@@ -82,3 +82,5 @@ def test_differences_name_what_changed():
     for text in ("torch was 2.13.0, is missing", "threads was 2, is 4", "is Other", "were abab"):
         assert text in found
     assert RECIPE.differences(RECIPE) == []
+    # Weights of another model are no changed weights.
+    assert "weights" not in " ".join(RECIPE.differences(dataclasses.replace(now, model="another")))
