@@ -38,9 +38,7 @@ class _Guidance:
         config = self._config
         if config.rests:
             return False
-        if config.start_fraction == 0 and config.stop_fraction == 1:
-            return True  # a window over the whole run needs no scheduler
-        return config.start_fraction <= context.fraction() < config.stop_fraction
+        return config.covers_all or config.covers(context.fraction())
 
     @property
     def mode(self) -> str:

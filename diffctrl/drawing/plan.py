@@ -132,6 +132,7 @@ def make(request: Request) -> Plan:
         warnings += more
     head_sets = [text for key, text in request.settings if is_head_set(key, text)]
     controls = _tried(source, controls, head_sets)
+    _check_window(source, controls, steps)
     return Plan(
         source=source,
         prompt=prompt,
@@ -243,3 +244,30 @@ def _tried(
     return tuple(
         ControlSpec(method=control.method, settings=settings.as_plain(control.config)) for control in used
     )
+
+
+def _check_window(source: ModelSource, controls: tuple[ControlSpec, ...], steps: int) -> None:
+    """Refuse SoftPAG where no step would be guided."""
+    for processor in processors(controls):
+        if processor.guidance is None or processor.config.rests:
+            continue
+        config = processor.config
+        if not config.covers_all:
+            count = _schedule_length(source, steps)
+            if not any(config.covers(step / count) for step in range(count)):
+                raise BadRequestError(
+                    f"softpag: the window from start_fraction={config.start_fraction:g} to "
+                    f"stop_fraction={config.stop_fraction:g} holds none of the {count} steps, which lie "
+                    f"1/{count} apart from 0 on, and nothing would be guided; widen it, or take more --steps"
+                )
+
+
+def _schedule_length(source: ModelSource, steps: int) -> int:
+    """Steps of the model's sampler: some make more than they are asked for."""
+    import diffusers
+
+    kind = getattr(diffusers, source.components()["scheduler"])
+    scheduler = kind.from_config(source.config("scheduler"))
+    # The shift moves the steps; how many they are does not depend on it.
+    scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
+    return len(scheduler.timesteps)

@@ -194,6 +194,15 @@ class SoftPAGConfig:
         return strongest == 0 or self.scale == 0
 
     @property
+    def covers_all(self) -> bool:
+        """Whether every step is guided, so that the schedule need not be known."""
+        return self.start_fraction == 0 and self.stop_fraction == 1
+
+    def covers(self, fraction: float) -> bool:
+        """Whether the step at this share of the schedule is guided."""
+        return self.start_fraction <= fraction < self.stop_fraction
+
+    @property
     def strength(self) -> float:
         """u as it is used."""
         return DEFAULT_U if self.u is None else self.u

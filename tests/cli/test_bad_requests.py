@@ -24,6 +24,18 @@ LONG = "a red star " * 200
         (("a red star", "--method", "softpag", "--set", "scope=all"), "not one of joint, image_rows"),
         (("a red star", "--method", "softpag", "--set", "heads=top"), "there is no head set 'top'"),
         (("a red star", "--method", "softpag", "--set", "heads=L9"), "head L9 does not exist"),
+        (
+            (
+                "a red star",
+                "--method",
+                "softpag",
+                "--set",
+                "start_fraction=0.4",
+                "--set",
+                "stop_fraction=0.6",
+            ),
+            "stop_fraction=0.6 holds none of the 3 steps",
+        ),
         (("a red star", "--method", "softpag", "--set", "u"), "not NAME=VALUE"),
         (("a red star", "--method", "softpag", "--method", "none"), "cannot be combined"),
         (("a red star", "--set", "u=0.5"), "add --method"),

@@ -107,6 +107,7 @@ def test_runs_on_the_embedded_model(run, tmp_path):
         (("--prompts", "nowhere.txt"), "cannot be read"),
         (("--prompts", "built-in"), "embedded models' world"),
         (("--set", "start_fraction=2"), "window"),
+        (("--set", "start_fraction=0.9"), "holds none of the 2 steps"),
         (("--out", "."), "is a folder; name a file"),
     ],
 )
