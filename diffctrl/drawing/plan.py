@@ -132,7 +132,7 @@ def make(request: Request) -> Plan:
         warnings += more
     head_sets = [text for key, text in request.settings if is_head_set(key, text)]
     controls = _tried(source, controls, head_sets)
-    _check_window(source, controls, steps)
+    _check_guidance(source, controls, steps, guidance)
     return Plan(
         source=source,
         prompt=prompt,
@@ -246,8 +246,12 @@ def _tried(
     )
 
 
-def _check_window(source: ModelSource, controls: tuple[ControlSpec, ...], steps: int) -> None:
-    """Refuse SoftPAG where no step would be guided."""
+def _check_guidance(
+    source: ModelSource, controls: tuple[ControlSpec, ...], steps: int, guidance_scale: float
+) -> None:
+    """Refuse SoftPAG where no step would be guided, and where what it asks for is not known in a pass."""
+    from diffctrl.families import load_family
+
     for processor in processors(controls):
         if processor.guidance is None or processor.config.rests:
             continue
@@ -260,6 +264,15 @@ def _check_window(source: ModelSource, controls: tuple[ControlSpec, ...], steps:
                     f"stop_fraction={config.stop_fraction:g} holds none of the {count} steps, which lie "
                     f"1/{count} apart from 0 on, and nothing would be guided; widen it, or take more --steps"
                 )
+        family = load_family(source.components()[source.kind.denoiser])
+        # Models that read no negative prompt take the scale as an input: one pass.
+        twice = family.cfg == "separate" and source.kind.takes_negative and guidance_scale > 1
+        if config.rescale and twice:
+            raise BadRequestError(
+                f"softpag: rescale={config.rescale:g} needs the guided prediction, and {source.name} runs "
+                f"the two passes of --guidance-scale {guidance_scale:g} one after the other, so that neither "
+                "knows it; leave rescale at 0, or turn guidance off with --guidance-scale 1"
+            )
 
 
 def _schedule_length(source: ModelSource, steps: int) -> int:

@@ -117,6 +117,10 @@ def test_compare_shows_both_clips(clip: Any, length_lora: Path, tmp_path: Path) 
             ("--method", "radial", "--lora", "DENSE"),
             "was trained with dense attention; leave --method radial",
         ),
+        (
+            ("--method", "softpag", "--set", "rescale=0.5", "--guidance-scale", 3),
+            "rescale=0.5 needs the guided prediction, and",
+        ),
         (("--method", "radial", "--set", "dense_blocks=3"), "leaves none of the 3 blocks"),
     ],
 )
