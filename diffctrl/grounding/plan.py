@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ class GroundPlan:
 
     Attributes:
         frames: PIL images, one of a picture.
-        picture_sha256: of the picture's file, or of the names and contents of a folder's files.
+        picture_sha256: of the picture's file, or of a folder's files one after the other.
         preset: whether the settings start from those that were measured for an embedded model.
         warnings: one sentence each.
     """
@@ -181,7 +182,10 @@ def _frames(path: Path, most: int | None) -> tuple[list[Any], str]:
     Of a video's file, `most` frames at most are decoded.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _PICTURES)
+        files = sorted(
+            (file for file in path.iterdir() if file.suffix.lower() in _PICTURES and file.name[0] != "."),
+            key=lambda file: (_natural(file.name), file.name),
+        )
         if not files:
             raise BadRequestError(f"the folder {path} holds no picture ({', '.join(_PICTURES)})")
         found = [_read(file) for file in files]
@@ -198,6 +202,11 @@ def _frames(path: Path, most: int | None) -> tuple[list[Any], str]:
     for file in files:
         digest.update(file.read_bytes())
     return frames, digest.hexdigest()
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sorts 2.png before 10.png."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _decoded(path: Path, most: int | None) -> list[Any]:

@@ -152,6 +152,14 @@ def test_pictures_that_cannot_be_read(ground, no_weights, tmp_path, photo):
     _refused(ground(frames, "a star"), "different sizes")
 
 
+def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 2, 1, 11):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"frame{number}.png")
+    (tmp_path / "._frame3.png").write_bytes(b"what a Mac writes beside a file")
+    frames = planning._frames(tmp_path, None)[0]
+    assert [frame.getpixel((0, 0))[0] for frame in frames] == [1, 2, 10, 11]
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A clip of two shapes that one can tell apart, as a file, and the masks of the red one."""
