@@ -97,8 +97,8 @@ def _ground(plan: GroundPlan, out: Path) -> None:
     for found in results:
         (height, width), (seen_height, seen_width) = found.size, found.model_size
         seen = "as it is" if found.size == found.model_size else f"resized to {seen_width} x {seen_height}"
-        if found.track is not None and len(found.track) < len(plan.frames):
-            seen += f", the first {len(found.track)} of {len(plan.frames)} frames"
+        if found.track is not None and len(found.track) < plan.count:
+            seen += f", the first {len(found.track)} of {plan.count} frames"
         box = "no mask" if found.box is None else f"box {', '.join(map(str, found.box))}"
         say_error(
             printable(

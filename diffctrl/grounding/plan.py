@@ -84,7 +84,8 @@ class GroundPlan:
     """What will be grounded.
 
     Attributes:
-        frames: PIL images, one of a picture.
+        frames: PIL images, one of a picture; of a video's file those that are decoded.
+        count: frames of the picture or video.
         picture_sha256: of the picture's file, or of a folder's files one after the other.
         preset: whether the settings start from those that were measured for an embedded model.
         warnings: one sentence each.
@@ -94,6 +95,7 @@ class GroundPlan:
     grounder: Grounder
     image: Path
     frames: list[Any]
+    count: int
     picture_sha256: str
     phrases: tuple[str, ...]
     config: RefAMConfig
@@ -126,6 +128,11 @@ def make(request: GroundRequest) -> GroundPlan:
             f"{request.image} has {len(frames)} frames, and {source.name} reads single pictures; use a video "
             f"model ({', '.join(name for name, g in GROUNDERS.items() if g.video)})"
         )
+    if request.frames is not None and not grounder.video:
+        raise BadRequestError(
+            f"--frames {request.frames} is a length of videos, and {source.name} reads single pictures; "
+            "leave it out"
+        )
     config, preset = _config(source, request.settings)
     device, dtype = choose_device(request.device, request.dtype, small=source.embedded)
     _check_text(source, grounder, config, phrases)
@@ -144,6 +151,7 @@ def make(request: GroundRequest) -> GroundPlan:
         grounder=grounder,
         image=request.image,
         frames=frames,
+        count=_count(request.image, len(frames), request.frames),
         picture_sha256=digest,
         phrases=phrases,
         config=config,
@@ -202,6 +210,12 @@ def _frames(path: Path, most: int | None) -> tuple[list[Any], str]:
     for file in files:
         digest.update(file.read_bytes())
     return frames, digest.hexdigest()
+
+
+def _count(path: Path, read: int, most: int | None) -> int:
+    """Frames of a picture or video, of which `read` were decoded; of a video's file `most` at most."""
+    cut = path.is_file() and path.suffix.lower() in _VIDEOS and read == most
+    return mp4.frame_count(path) if cut else read
 
 
 def _natural(name: str) -> list[str | int]:

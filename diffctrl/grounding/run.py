@@ -72,7 +72,7 @@ def recipe(plan: GroundPlan) -> dict[str, Any]:
 
     return {
         "version": RECIPE_VERSION,
-        "picture": {"name": plan.image.name, "sha256": plan.picture_sha256, "frames": len(plan.frames)},
+        "picture": {"name": plan.image.name, "sha256": plan.picture_sha256, "frames": plan.count},
         "model": plan.source.name,
         "weights": asdict(plan.source.weights()),
         "size": None if plan.size is None else list(plan.size),

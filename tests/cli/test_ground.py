@@ -114,6 +114,7 @@ def test_a_photograph_with_its_gain_map_is_one_picture(ground, tmp_path):
         (("a star", "--size", "32x128"), "up to 64"),
         (("a star", "--set", "mask=sam", "--set", "sam=no/such"), "no folder"),
         (("a star", "--frames", "0"), "starts at 1"),
+        (("a star", "--frames", "3"), "--frames 3 is a length of videos"),
         (("a star", "--device", "tpu9"), "no device"),
         (("a red star " * 30,), "too long"),
     ],
@@ -217,6 +218,10 @@ def test_the_embedded_video_model_follows_an_object(run, clip, tmp_path):
     assert len(track) == 17
     part = run("ground", clip[0], said, "--model", "shapes-wan", "--out", tmp_path / "part")
     assert "the first 13 of 17 frames" in part.stderr
+    part = run("ground", clip[0], said, "--model", "shapes-wan", "--frames", "9", "--out", tmp_path / "nine")
+    assert "the first 9 of 17 frames" in part.stderr
+    record = next(Path(line) for line in part.stdout.split("\n") if line.endswith(".json"))
+    assert json.loads(record.read_text(encoding="utf-8"))["recipe"]["picture"]["frames"] == 17
     inside = [bool((mask & truth.numpy()).any()) for mask, truth in zip(track, clip[1], strict=True)]
     assert sum(inside) >= 13
 
