@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from diffctrl.pipelines.refam_readers import Reader
@@ -42,7 +43,7 @@ def frames_of(picture: Any) -> Tensor:
         alike = all(frame.dtype == frames[0].dtype for frame in frames)
         return torch.cat(frames if alike else [unit(frame) for frame in frames])
     if hasattr(picture, "convert"):  # a PIL image
-        picture = np.asarray(picture.convert("RGB"))
+        picture = np.asarray(in_colour(picture))
     if isinstance(picture, np.ndarray):
         if picture.ndim not in (3, 4) or picture.shape[-1] != 3:
             raise ValueError(
@@ -67,6 +68,23 @@ def frames_of(picture: Any) -> Tensor:
     if not bool(((pixels >= -1e-3) & (pixels <= 1 + 1e-3)).all()):
         raise ValueError("the picture has values outside of [0, 1], or such that are no numbers")
     return pixels
+
+
+def in_colour(picture: Any) -> Any:
+    """A PIL image in mode "RGB"; 16 bits of grey become 8, where PIL's own conversion cuts them off at 255.
+
+    Raises:
+        ValueError: the picture does not say which value is white.
+    """
+    if picture.mode.startswith("I;16"):
+        grey = (np.asarray(picture).astype(np.uint32) + 128) // 257
+        picture = Image.fromarray(grey.astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"a picture of mode {picture.mode!r} does not say which of its values is white; save it with 8 or "
+            "16 bits a pixel, as PNG"
+        )
+    return picture.convert("RGB")
 
 
 def fitted_size(height: int, width: int, reader: Reader) -> tuple[int, int]:

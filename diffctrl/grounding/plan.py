@@ -256,11 +256,17 @@ def _read(path: Path) -> list[Any]:
             frames = ImageSequence.Iterator(opened)
             if opened.format == "MPO":  # a photograph; what follows is its gain map or other eye
                 frames = itertools.islice(frames, 1)
-            return [ImageOps.exif_transpose(frame).convert("RGB") for frame in frames]
+            turned = [ImageOps.exif_transpose(frame) for frame in frames]
     except BadRequestError:
         raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise BadRequestError(f"{path} is no picture that can be read") from None
+    from diffctrl.pipelines.refam_input import in_colour
+
+    try:
+        return [in_colour(frame) for frame in turned]
+    except ValueError as error:
+        raise BadRequestError(f"{path}: {error}") from None
 
 
 def grounder_of(source: ModelSource) -> Grounder:

@@ -87,6 +87,15 @@ def test_photographs_are_turned_as_their_camera_says(ground, tmp_path):
     assert "of 45 x 70" in done.stderr
 
 
+def test_grey_of_16_bits(ground, no_weights, tmp_path):
+    grey = np.array([[0, 128], [200, 255]], dtype=np.uint8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    (frame,) = planning._frames(tmp_path / "deep.png", None)[0]
+    assert np.array_equal(np.asarray(frame)[..., 1], grey)
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
+    _refused(ground(tmp_path / "float.tif", "a star"), "does not say which of its values is white")
+
+
 def test_a_photograph_with_its_gain_map_is_one_picture(ground, tmp_path):
     first, second = (Image.new("RGB", size, (200, 30, 30)) for size in ((70, 45), (35, 20)))
     first.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[second])

@@ -260,6 +260,17 @@ def test_pictures_of_any_kind_are_the_same_picture():
             pixels_of(wrong)
 
 
+def test_grey_of_16_bits_is_scaled_and_what_has_no_white_is_refused():
+    grey = np.array([[0, 128, 200], [255, 1, 77]], dtype=np.uint8)
+    expected = pixels_of(Image.fromarray(grey))
+    deep = grey.astype(np.uint16) * 257
+    for mode, data in (("I;16", deep), ("I;16B", deep.byteswap())):
+        torch.testing.assert_close(pixels_of(Image.frombytes(mode, (3, 2), data.tobytes())), expected)
+    for mode in ("I", "F"):
+        with pytest.raises(ValueError, match=f"mode '{mode}' does not say"):
+            pixels_of(Image.fromarray(grey).convert(mode))
+
+
 def test_model_sizes_keep_the_proportions():
     reader = sd3().reader  # 32 px of a side, 64 at most, tokens of 8
     assert fitted_size(500, 500, reader) == (32, 32)
