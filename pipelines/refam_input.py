@@ -81,8 +81,8 @@ def in_colour(picture: Any) -> Any:
         picture = Image.fromarray(grey.astype(np.uint8))
     if picture.mode in ("I", "F"):
         raise ValueError(
-            f"a picture of mode {picture.mode!r} does not say which of its values is white; save it with 8 or "
-            "16 bits a pixel, as PNG"
+            f"a picture of mode {picture.mode!r} does not say which of its values is white; save it as PNG "
+            "with 8 or 16 bits a pixel"
         )
     return picture.convert("RGB")
 
