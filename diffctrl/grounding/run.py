@@ -70,9 +70,10 @@ def recipe(plan: GroundPlan) -> dict[str, Any]:
     """What was used: enough to do the same again."""
     import torch
 
+    name = plan.image.name.encode(errors="replace").decode()  # names of files may be no UTF-8
     return {
         "version": RECIPE_VERSION,
-        "picture": {"name": plan.image.name, "sha256": plan.picture_sha256, "frames": plan.count},
+        "picture": {"name": name, "sha256": plan.picture_sha256, "frames": plan.count},
         "model": plan.source.name,
         "weights": asdict(plan.source.weights()),
         "size": None if plan.size is None else list(plan.size),

@@ -62,6 +62,15 @@ def test_writes_overlay_mask_and_recipe(ground, run, photo, tmp_path):
     assert json.loads(Path(record).read_text(encoding="utf-8"))["point"] == [x, y]
 
 
+def test_a_picture_whose_name_is_no_utf8(ground, photo):
+    other = photo.with_name("caf\udce9.jpg")
+    photo.rename(other)
+    done = ground(other, PHRASE)
+    assert done.exit_code == 0, done.stderr
+    record = Path(done.stdout.split("\n")[2])
+    assert json.loads(record.read_text(encoding="utf-8"))["recipe"]["picture"]["name"] == "caf?.jpg"
+
+
 def test_many_expressions_and_settings(ground, photo, tmp_path):
     phrases = tmp_path / "phrases.txt"
     lines = "# things\nthe red star\n\nthe  blue ring\nthe red star\n"
