@@ -138,6 +138,7 @@ def make(request: GroundRequest) -> GroundPlan:
     _check_text(source, grounder, config, phrases)
     _check_size(source, request.size)
     _check_sam(config)
+    _check_noun_phrase(config, phrases[0])
     _check_blocks(source, config)
     warnings = []
     named = (word for phrase in phrases for word in unknown_words(phrase, clips=grounder.video))
@@ -353,6 +354,16 @@ def _check_sam(config: Any) -> None:
             Segmenter(config.sam)
         except ValueError as error:
             raise BadRequestError(str(error)) from None
+
+
+def _check_noun_phrase(config: Any, phrase: str) -> None:
+    """Find one, for which spaCy may be wanted and not there."""
+    from diffctrl.refam import noun_phrase, split_words
+
+    try:
+        noun_phrase(split_words(phrase), phrase, config.noun_phrase)
+    except ImportError as error:
+        raise BadRequestError(str(error)) from None
 
 
 def _check_blocks(source: ModelSource, config: Any) -> None:

@@ -1,6 +1,7 @@
 """`diffctrl ground`: files and their recipe; bad input in one sentence, before weights are loaded."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -13,6 +14,7 @@ from diffctrl.grounding import plan as planning
 from diffctrl.zoo import clips, worlds
 from diffctrl.zoo.worlds.referring_set import referring_set
 
+WITHOUT_SPACY = pytest.mark.skipif(find_spec("spacy") is not None, reason="spaCy is installed")
 PHRASE = "the red star left of a blue ring"
 
 
@@ -132,6 +134,9 @@ def test_a_photograph_with_its_gain_map_is_one_picture(ground, tmp_path):
         (("a star", "--size", "32x128"), "up to 64"),
         (("a star", "--set", "mask=sam", "--set", "sam=no/such"), "no folder"),
         (("a star", "--frames", "0"), "starts at 1"),
+        pytest.param(
+            ("a star", "--set", "noun_phrase=spacy"), "needs spaCy and its model", marks=WITHOUT_SPACY
+        ),
         (("a star", "--frames", "3"), "--frames 3 is a length of videos"),
         (("a star", "--device", "tpu9"), "no device"),
         (("a red star " * 30,), "too long"),
