@@ -89,7 +89,7 @@ def make(request: TextRequest) -> TextPlan:
     )
     sampler, sampling = _sampling(request, checkpoint)
     ids = _encode(checkpoint, prompt)
-    _check_controls(checkpoint, controls)
+    _check_controls(checkpoint, controls, device, dtype)
     return TextPlan(
         checkpoint=checkpoint,
         embedded=embedded,
@@ -149,13 +149,26 @@ def _warnings(checkpoint: Checkpoint, prompt: str) -> list[str]:
     return [f"{checkpoint.name} does not know {', '.join(dict.fromkeys(words))}"] if words else []
 
 
-def _check_controls(checkpoint: Checkpoint, controls: tuple[ControlSpec, ...]) -> None:
+def _check_controls(
+    checkpoint: Checkpoint, controls: tuple[ControlSpec, ...], device: str, dtype: str
+) -> None:
     """Try the controls on the model's architecture, made without memory for its weights."""
+    import torch
+
     import diffctrl
+    from diffctrl.families.text import text_model
+    from diffctrl.sparsed import fused
 
     if not controls:
         return
+    used, model = processors(controls), checkpoint.empty()
     try:
-        diffctrl.apply(checkpoint.empty(), processors(controls)).remove()
+        diffctrl.apply(model, used).remove()
     except (ValueError, TypeError) as error:
         raise BadRequestError(f"{checkpoint.name}: {error}") from None
+    config = used[0].config
+    if config.builder == "fused":
+        shape = (1, 1, 1, text_model(model).head_dim)
+        query = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        if (reason := fused.why_not(query, config.block_size)) is not None:
+            raise BadRequestError(f"sparsed: builder=fused {reason}; write builder=chunked, or leave it out")

@@ -238,6 +238,7 @@ def test_text_cannot_steer_the_terminal(run, tmp_path, monkeypatch):
         (("a", "--method", "sparsed", "--set", "selekt=1"), "did you mean select?"),
         (("a", "--method", "sparsed", "--set", "select=2"), "not in (0, 1]"),
         (("a", "--method", "sparsed", "--set", "select"), "not NAME=VALUE, as in --set select=0.3"),
+        (("a", "--method", "sparsed", "--set", "builder=fused"), "write builder=chunked, or leave it out"),
         (("a", "--set", "select=0.3"), "add --method"),
         (("a", "--seed", "-1"), "range of seeds"),
         (("a", "--temperature", "-1"), "not a finite number >= 0"),
