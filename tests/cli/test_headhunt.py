@@ -95,6 +95,7 @@ def test_runs_on_the_embedded_model(run, tmp_path):
         (("--objective", "clip"), "needs a folder"),
         (("--objective", "clip:nowhere"), "needs config.json"),
         (("--objective", "style:cubist"), "no style of the world"),
+        (("--seed", 1, "--objective", "sharpness=2"), "--objective sharpness is given twice"),
         (("--set", "heads=L1"), "it finds the heads"),
         (("--set", "u=0"), "u=0.0 is not in (0, 1]"),
         (("--set", "v=1"), "no option 'v'"),

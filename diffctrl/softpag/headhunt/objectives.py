@@ -155,6 +155,11 @@ def parse_goal(specs: Sequence[str], device: str = "cpu") -> Goal:
         if not math.isfinite(weights[-1]):
             raise BadRequestError(f"--objective {text}: the weight is not finite")
         parts.append(find(match["name"], match["argument"], device))
+    names = [part.name for part in parts]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BadRequestError(
+            f"--objective {twice} is given twice; give each objective once, with one weight"
+        )
     if len(parts) == 1:
         if weights != [1.0]:
             raise BadRequestError(f"--objective {specs[0]}: a weight has no effect on a single objective")
