@@ -16,6 +16,7 @@ from diffctrl.cli.output import (
     printable,
     read_pair,
     say_error,
+    writing,
 )
 from diffctrl.errors import BadRequestError
 
@@ -157,7 +158,8 @@ def _draw(plan: Plan, request: Request, out: Path) -> None:
                     ]
                 picture, read = _finished(plan, drawn)
                 path = out / _file_name(plan, drawn)
-                files.write(picture, path, drawn.recipe)
+                with writing(path):
+                    files.write(picture, path, drawn.recipe)
                 notes += read
                 paths.append(path)
     finally:

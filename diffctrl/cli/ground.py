@@ -16,6 +16,7 @@ from diffctrl.cli.output import (
     printable,
     read_pair,
     say_error,
+    writing,
 )
 from diffctrl.errors import BadRequestError
 
@@ -108,5 +109,7 @@ def _ground(plan: GroundPlan, out: Path) -> None:
         )
         for text in found.flags.values():
             say_error(printable(f"note: {found.expression}: {text}"))
-        for path in run.write(plan, found, used, out):
+        with writing(out):
+            paths = run.write(plan, found, used, out)
+        for path in paths:
             print(path)

@@ -19,6 +19,7 @@ from diffctrl.cli.output import (
     printable,
     read_pair,
     say_error,
+    writing,
 )
 from diffctrl.cli.tables import new_table
 from diffctrl.errors import BadRequestError, nearest
@@ -139,7 +140,9 @@ def headhunt(
         if workers < 1:
             raise BadRequestError(f"--workers {workers} is not a number of processes; it starts at 1")
         _check_engine(engine, address)
-        if not out.name or out.is_dir():
+        with writing(out):  # a name may be too long to ask for
+            is_folder = not out.name or out.is_dir()
+        if is_folder:
             raise BadRequestError(f"--out {out} is a folder; name a file, as in --out heads.json")
         plan = hunt_plan.make(request)
         for warning in plan.warnings:
@@ -197,8 +200,9 @@ def _hunt(plan: HuntPlan, who: _Who, out: Path, log: Path, report: Path) -> None
         if not engine.main:
             return
         say_error(f"{search.computed:,} pictures scored in this run")
-    found.save(out)
     _print_table(found)
+    with writing(out):
+        found.save(out)
     print(out)
     for path in hunt_report.write(plan, found, report):
         print(path)

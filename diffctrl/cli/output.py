@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 
@@ -23,6 +24,21 @@ def complaints() -> Iterator[None]:
     except KeyboardInterrupt:
         say_error("diffctrl: stopped; unfinished files were not written")
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A file or folder that cannot be written, as a full disk, is the answer to a request and no bug.
+
+    Raises:
+        BadRequestError: it cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BadRequestError(
+            f"{path} cannot be written ({error.strerror or error}); name another place with --out"
+        ) from None
 
 
 def say_error(line: str) -> None:

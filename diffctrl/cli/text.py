@@ -16,6 +16,7 @@ from diffctrl.cli.output import (
     printable,
     read_pair,
     say_error,
+    writing,
 )
 from diffctrl.errors import BadRequestError
 
@@ -101,15 +102,23 @@ def text(
             say_error(f"note: {printable(warning)}")
         _tell_warnings()
         written = _write(plan)
-        if out is not None:
-            written.save(out)
-        _report(written, before)
+        try:
+            if out is not None:
+                with writing(out):
+                    written.save(out)
+        finally:  # an answer that cannot be saved is shown all the same
+            _report(written, before)
+        if not written.finished:
+            say_error("diffctrl: stopped; what was decided by then is above")
+            raise typer.Exit(130)
 
 
 def _check_out(out: Path) -> None:
-    if out.is_dir():
+    with writing(out):  # a name may be too long to ask for
+        is_folder = out.is_dir()
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+    if is_folder:
         raise BadRequestError(f"--out {out} is a folder; name a file, as in --out {out / 'answer.json'}")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise BadRequestError(f"--out {out} cannot be written below {above}")
 
@@ -173,16 +182,13 @@ def _show(console: Console, view: Any, written: Written) -> None:
 
 
 def _report(written: Written, before: Written | None) -> None:
-    """Differences to stderr, the answer to stdout; the exit code of Ctrl-C where it was broken off."""
+    """Differences to stderr, the answer to stdout."""
     if before is not None:
         for text in before.recipe.differences(written.recipe):
             say_error(f"note: {printable(text)}; the text may differ")
         if _asks_the_same(before, written) and before.tokens != written.tokens:
             say_error("note: the text is another than the file's")
     print("\n".join(printable(line) for line in written.text.splitlines()))
-    if not written.finished:
-        say_error("diffctrl: stopped; what was decided by then is above")
-        raise typer.Exit(130)
 
 
 def _asks_the_same(before: Written, now: Written) -> bool:

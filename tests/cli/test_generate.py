@@ -148,6 +148,18 @@ def test_interrupted_write_leaves_no_file(generate, tmp_path, monkeypatch):
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_a_picture_that_cannot_be_written(generate, tmp_path):
+    generate("a red star", "--seed", 1)
+    taken = _only(tmp_path / "out")
+    taken.unlink()
+    taken.mkdir()
+    done = generate("a red star", "--num", 2)
+    assert done.exit_code == 2
+    assert f"{taken} cannot be written (Is a directory)" in done.stderr
+    (written,) = done.stdout.split()  # the one before it
+    assert "-0-" in written
+
+
 def test_changed_surroundings_are_told(generate, run, tmp_path):
     generate("a red star")
     path = _only(tmp_path / "out")

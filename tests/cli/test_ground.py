@@ -259,6 +259,15 @@ def test_pipelines_that_do_not_ground(ground, no_weights, tiny_model, photo, tmp
     _refused(ground(photo, "a star", model=folder), "comes from 'my_code'")
 
 
+def test_files_that_cannot_be_written(ground, photo, tmp_path):
+    mask = Path(ground(photo, PHRASE).stdout.split("\n")[1])
+    mask.unlink()
+    mask.mkdir()
+    done = ground(photo, PHRASE)
+    assert done.exit_code == 2
+    assert f"{tmp_path / 'out'} cannot be written (Is a directory)" in done.stderr
+
+
 def test_out_that_is_a_file(ground, photo, tmp_path):
     (tmp_path / "taken").write_text("")
     _refused(ground(photo, "a star", out=tmp_path / "taken"), "cannot be a folder")

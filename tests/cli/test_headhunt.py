@@ -110,6 +110,7 @@ def test_runs_on_the_embedded_model(run, tmp_path):
         (("--set", "start_fraction=2"), "window"),
         (("--set", "start_fraction=0.9"), "holds none of the 2 steps"),
         (("--out", "."), "is a folder; name a file"),
+        (("--out", "a" * 300), "cannot be written (File name too long)"),
     ],
 )
 def test_bad_requests_are_answered_before_weights_are_loaded(headhunt, no_weights, arguments, said):

@@ -173,6 +173,15 @@ def test_ctrl_c_prints_what_was_decided(text, tmp_path, monkeypatch):
     assert found["order"].count(-1) == 4
 
 
+def test_an_answer_that_cannot_be_saved_is_shown(text, tmp_path):
+    answer = text("red cup").stdout
+    done = text("red cup", "--out", tmp_path / ("a" * 250))  # too long with what an unfinished file is called
+    assert done.exit_code == 2
+    assert done.stdout == answer
+    assert "cannot be written (File name too long)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_terminal_shows_the_order(text, monkeypatch):
     plain = text("red cup").stdout
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -298,6 +307,7 @@ def test_weights_of_another_model(text, llada_folder, dream_folder, tmp_path):
 
 def test_out_and_from_that_cannot_be(text, no_weights, tmp_path):
     _refused(text("a", "--out", tmp_path), "is a folder; name a file")
+    _refused(text("a", "--out", "a" * 300), "cannot be written (File name too long)")
     (tmp_path / "taken").write_text("")
     _refused(text("a", "--out", tmp_path / "taken" / "a.json"), "cannot be written below")
     _refused(text("a", "--from", tmp_path / "taken"), "not a JSON file")
