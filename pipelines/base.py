@@ -25,8 +25,8 @@ class ControlledPipelineMixin:
 
     @property
     def control(self) -> ControlHandle | None:
-        """The handle of what `set_attn_processor` installed, or None."""
-        return self._handle
+        """The handle of what `set_attn_processor` installed; None without one, and while it is removed."""
+        return self._handle if self._handle is not None and self._handle.is_on else None
 
     def set_attn_processor(self, processor: Any) -> None:
         """Control every call from now on.
@@ -57,10 +57,10 @@ class ControlledPipelineMixin:
 
     def _take_off(self) -> tuple[Any, ...]:
         controls: tuple[Any, ...] = ()
-        if self._handle is not None:
-            controls = self._handle.controls
-            self._handle.remove()
-            self._handle = None
+        if self.control is not None:
+            controls = self.control.controls
+            self.control.remove()
+        self._handle = None
         return controls
 
     def _put_back(self, controls: tuple[Any, ...]) -> None:
@@ -70,12 +70,12 @@ class ControlledPipelineMixin:
     def _controlled_from_outside(self) -> bool:
         """Whether `diffctrl.apply(pipe, ...)` rules this pipeline already."""
         models = denoisers(self).values()
-        return self._handle is None and any(hasattr(m, "diffctrl_site") for x in models for m in x.modules())
+        return self.control is None and any(hasattr(m, "diffctrl_site") for x in models for m in x.modules())
 
     def to_json_string(self) -> str:
         """The pipeline's model_index.json, under the stock class's name."""
         config = json.loads(super().to_json_string())  # type: ignore[misc]
-        config["_class_name"] = self.stock_class.__name__
+        config["_class_name"] = getattr(self, "stock_class", type(self)).__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
@@ -135,9 +135,13 @@ class MethodPipelineMixin(ControlledPipelineMixin):
         installed: list[Any] = [] if self.control is None else list(self.control.controls)
         for index, control in enumerate(installed):
             if isinstance(control, make):
-                installed[index] = make(config=replace(control.config, **settings))
+                installed[index] = self._changed(control, settings)
                 return installed
-        return [*installed, make(config=replace(self._defaults_beside(settings), **settings))]
+        return [*installed, self._changed(make(config=self._defaults_beside(settings)), settings)]
+
+    def _changed(self, control: Any, settings: dict[str, Any]) -> Any:
+        """A processor of the method with these settings changed."""
+        return type(control)(config=replace(control.config, **settings))
 
     def _defaults_beside(self, settings: dict[str, Any]) -> Any:
         """What holds where these settings say nothing."""

@@ -125,7 +125,7 @@ def load_length_lora(
     _watch(model, modules[0])
     try:
         if mask and lora.radial is not None:
-            return _put_mask_on(pipe, RadialAttnProcessor(**settings))
+            return _put_mask_on(pipe, settings)
         for control in getattr(modules[0].processor, "controls", ()):
             control.check(sites)  # a mask that was put on before may not be the LoRA's
         return None
@@ -249,12 +249,14 @@ def _add_adapter(pipe: Any, model: Any, weights: dict[str, Any], metadata: dict[
             parameter.requires_grad_(False)
 
 
-def _put_mask_on(pipe: Any, radial: RadialAttnProcessor) -> ControlHandle | None:
+def _put_mask_on(pipe: Any, settings: dict[str, Any]) -> ControlHandle | None:
     if not isinstance(pipe, LengthLoRAMixin):
-        return diffctrl.apply(pipe, radial)
+        return diffctrl.apply(pipe, RadialAttnProcessor(**settings))
     ready: Any = pipe
-    installed = () if ready.control is None else ready.control.controls
-    ready.set_attn_processor([*(c for c in installed if c.method != radial.method), radial])
+    installed = [] if ready.control is None else list(ready.control.controls)
+    masks = [control for control in installed if isinstance(control, RadialAttnProcessor)]
+    mask = masks[0].changed(**settings) if masks else RadialAttnProcessor(**settings)
+    ready.set_attn_processor([*(control for control in installed if control not in masks), mask])
     return None
 
 

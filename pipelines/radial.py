@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import (
     CogVideoXPipeline,
     HunyuanVideoPipeline,
@@ -31,6 +33,9 @@ class RadialPipelineMixin(LengthLoRAMixin, MethodPipelineMixin):
     processor_class = RadialAttnProcessor
     defaults = RadialConfig()
     call_note = "dense_fraction=1.0 is stock."
+
+    def _changed(self, control: RadialAttnProcessor, settings: dict[str, Any]) -> RadialAttnProcessor:
+        return control.changed(**settings)
 
 
 class WanRadialPipeline(RadialPipelineMixin, WanPipeline):

@@ -49,6 +49,16 @@ class RadialAttnProcessor(ControlAttnProcessor):
         super().__init__()
         config = config or RadialConfig()
         self.config = replace(config, **settings) if settings else config
+        # A default that was asked for is no setting left to a length LoRA.
+        self._given = frozenset(settings)
+
+    def changed(self, **settings: Any) -> RadialAttnProcessor:
+        """Another processor with these settings changed, what else was asked for kept."""
+        if "dense_steps" in settings or "dense_fraction" in settings:  # two ways to say one thing
+            settings = {"dense_steps": None, "dense_fraction": None} | settings
+        other = type(self)(self.config, **settings)
+        other._given |= self._given
+        return other
 
     def describe(self) -> str:
         given = [(f.name, getattr(self.config, f.name)) for f in fields(self.config)
@@ -146,7 +156,7 @@ class RadialAttnProcessor(ControlAttnProcessor):
                 "sparse: take it off (dense_fraction=1.0)"
             )
             return self.config, loaded, complaint if sparse else ""
-        config, against = tuned(self.config, loaded.lora.radial)
+        config, against = tuned(self.config, loaded.lora.radial, self._given)
         complaint = (
             f"this mask is not the one that the length LoRA {loaded.adapter!r} was trained with: "
             f"{', '.join(against)}; leave these settings out"

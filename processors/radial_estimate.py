@@ -76,6 +76,8 @@ def predicted(
     subject: Subject, pattern: Pattern, dense: DenseParts, steps: int, efficiency: float
 ) -> Prediction:
     """The gain by arithmetic: multiplications of the linear layers and of attention, no time of anything."""
+    if steps < 1:
+        raise ValueError(f"{steps} steps are no run; it has at least one")
     blocks = sum(len(getattr(subject.model, stack)) for stack in subject.family.stacks)
     found = predict(
         density=density(pattern, subject.layout),

@@ -87,6 +87,23 @@ def test_refused_processor_leaves_the_installed_one(guided):
         guided.set_attn_processor(None)
 
 
+def test_a_handle_that_was_removed_is_no_control(guided, stock):
+    guided.set_attn_processor(SoftPAGAttnProcessor("L1", u=0.3))
+    controlled, handle = tiny.latents(guided), guided.control
+    handle.remove()
+    assert guided.control is None
+    handle.resume()
+    assert guided.control is handle
+    assert torch.equal(tiny.latents(guided), controlled)
+    handle.remove()
+    assert torch.equal(tiny.latents(guided), _by_hand(stock, SoftPAGAttnProcessor()))  # as without one
+    other = SoftPAGAttnProcessor("L0")
+    guided.set_attn_processor(other)
+    assert guided.control.controls == (other,)
+    guided.set_attn_processor(None)
+    assert guided.control is None
+
+
 def test_failing_call_restores_the_model(guided):
     before = {name: module.processor for name, module in _attention(guided)}
     with pytest.raises(ValueError, match="divisible"):

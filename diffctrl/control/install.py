@@ -11,7 +11,7 @@ from torch import nn
 from diffctrl.control.blocks import around_block, block_name
 from diffctrl.control.context import BatchLayout, Context
 from diffctrl.control.control import Control, check_composition, check_control
-from diffctrl.control.hooks import ContextHook
+from diffctrl.control.hooks import ContextHook, Run
 from diffctrl.families import Site, family_of
 from diffctrl.families.text import is_text_model
 
@@ -64,6 +64,7 @@ class _Attachment:
         scheduler: Any,
         batch_layout: BatchLayout | None,
         experts: int,
+        run: Run,
     ) -> None:
         if any(_SITE in vars(module) for module in model.modules()):
             raise RuntimeError(
@@ -74,7 +75,7 @@ class _Attachment:
         self.family = family_of(model)
         self.sites: list[Site] = self.family.sites(model)
         self.context = Context(name, {site.name: site for site in self.sites}, experts=experts)
-        self._hook = ContextHook(self.family, self.sites, self.context, pipe, scheduler, batch_layout)
+        self._hook = ContextHook(self.family, self.sites, self.context, pipe, scheduler, batch_layout, run)
         self._bound: list[tuple[Site, Any]] = []
         self._installed: list[tuple[Site, Any]] = []
         self._block_hooks: list[Any] = []
@@ -173,6 +174,11 @@ class ControlHandle:
         if self._open:
             self.remove()
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the control acts: not after `remove()`, until `resume()`."""
+        return self._open
+
     def remove(self) -> None:
         """Put the same processor objects back, also for ours that were set by hand, and take the hooks off.
 
@@ -228,9 +234,10 @@ class ControlHandle:
 
 def _open(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> list[_Attachment]:
     pipe = None if isinstance(target, nn.Module) else target
-    models = denoisers(target)
+    models, run = denoisers(target), Run()
     return [
-        _Attachment(name, model, pipe, scheduler, batch_layout, len(models)) for name, model in models.items()
+        _Attachment(name, model, pipe, scheduler, batch_layout, len(models), run)
+        for name, model in models.items()
     ]
 
 

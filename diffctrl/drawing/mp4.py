@@ -77,13 +77,14 @@ def frame_count(path: Path) -> int:
 
     with _opened(path) as file:
         try:
-            return sum(packet.pts is not None for packet in file.demux(video=0))
+            packets = file.demux(video=0)
+            return sum(packet.pts is not None and not packet.is_discard for packet in packets)
         except (av.FFmpegError, IndexError):
             raise BadRequestError(f"{path} holds no video that can be read") from None
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a clip in order, (H, W, 3) uint8 each.
+    """The frames of a clip in order as a player shows them, (H, W, 3) uint8 each.
 
     Raises:
         BadRequestError: the file is no clip that can be read.
@@ -92,10 +93,20 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
 
     with _opened(path) as file:
         try:
+            aspect = float(file.streams.video[0].sample_aspect_ratio or 1)
             for frame in file.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
+                yield _as_shown(frame, aspect)
         except (av.FFmpegError, IndexError):
             raise BadRequestError(f"{path} holds no video that can be read") from None
+
+
+def _as_shown(frame: Any, aspect: float) -> np.ndarray:
+    """Pixels made square, and turned as the file says: telephones film upright clips lying on a side."""
+    import numpy as np
+
+    wide = {"width": round(frame.width * aspect), "height": frame.height}
+    pixels = frame.to_ndarray(format="rgb24", **wide)
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
 
 
 def _opened(path: Path) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from diffctrl.drawing.source import ModelSource
 from diffctrl.errors import BadRequestError
@@ -49,6 +51,14 @@ def check(
     return warnings
 
 
+def unread(source: ModelSource, prompts: Sequence[str], max_sequence_length: int | None) -> int:
+    """How many of these prompts no text encoder of the model reads whole."""
+    readers = list(_tokenizers(source, max_sequence_length))
+    if not readers:
+        return 0
+    return sum(all(len(read(one).input_ids) > limit for _, read, limit in readers) for one in prompts)
+
+
 def unknown_words(prompt: str, *, clips: bool = False) -> list[str]:
     """The words of a prompt that are not in the embedded models' world (of clips), in order, once each."""
     if clips:
@@ -61,9 +71,16 @@ def unknown_words(prompt: str, *, clips: bool = False) -> list[str]:
 
 
 def _counts(source: ModelSource, prompt: str, max_sequence_length: int | None) -> list[_Count]:
+    return [
+        _Count(name, len(tokenizer(prompt).input_ids), limit)
+        for name, tokenizer, limit in _tokenizers(source, max_sequence_length)
+    ]
+
+
+def _tokenizers(source: ModelSource, max_sequence_length: int | None) -> Iterator[tuple[str, Any, int]]:
+    """Name, tokenizer and limit of each."""
     import transformers
 
-    counts = []
     for component, class_name in source.components().items():
         if not component.startswith("tokenizer"):
             continue
@@ -77,5 +94,4 @@ def _counts(source: ModelSource, prompt: str, max_sequence_length: int | None) -
         limit = int(tokenizer.model_max_length)
         if component == source.kind.long_tokenizer and max_sequence_length is not None:
             limit = max_sequence_length
-        counts.append(_Count(component, len(tokenizer(prompt).input_ids), limit))
-    return counts
+        yield component, tokenizer, limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import islice
@@ -152,10 +153,11 @@ def read_folder(folder: Path, frames: int) -> tuple[Clip, ...]:
     """The clips of a folder that are long enough to train on.
 
     Captions stand in `metadata.jsonl`, one line for a clip ({"file_name": "a.mp4", "caption": "..."}), or
-    beside each clip in a text file of its name.
+    beside each clip in a text file of its name. Links are followed, as downloads of the hub are made of them.
 
     Raises:
-        BadRequestError: there is no such folder, a caption or clip is missing, or a clip is too short.
+        BadRequestError: there is no such folder, a caption or clip is missing or cannot be read, or a clip is
+            too short.
     """
     if not folder.is_dir():
         raise BadRequestError(f"--data {folder} is no folder")
@@ -178,32 +180,43 @@ def read_folder(folder: Path, frames: int) -> tuple[Clip, ...]:
 
 def _beside(folder: Path) -> tuple[Clip, ...]:
     clips = []
-    for path in sorted(folder.glob("*.mp4")):
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() != ".mp4" or path.name.startswith("."):
+            continue
         text = path.with_suffix(".txt")
         if not text.is_file():
             raise BadRequestError(f"{path} has no caption: there is no {text.name} beside it")
-        clips.append(Clip(path, _caption(text.read_text(encoding="utf-8"), path.name)))
+        clips.append(Clip(path, _caption(_read(text), path.name)))
     return tuple(clips)
 
 
 def _indexed(folder: Path, index: Path) -> tuple[Clip, ...]:
     clips = []
-    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(index).split("\n"), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             name = next(entry[key] for key in _FILE_KEYS if key in entry)
             caption = next(entry[key] for key in _CAPTION_KEYS if key in entry)
+            if not (isinstance(name, str) and isinstance(caption, str)):
+                raise TypeError
         except (ValueError, TypeError, StopIteration):
             raise BadRequestError(
                 f'{index}, line {number} is not {{"file_name": "...", "caption": "..."}}'
             ) from None
-        path = (folder / str(name)).resolve()
-        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        path = Path(os.path.normpath(folder / name))
+        if not path.is_relative_to(os.path.normpath(folder)) or not path.is_file():
             raise BadRequestError(f"{index}, line {number} names {name}, which is not in the folder")
-        clips.append(Clip(path, _caption(str(caption), str(name))))
+        clips.append(Clip(path, _caption(caption, name)))
     return tuple(clips)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadRequestError(f"{path} is no text in UTF-8") from None
 
 
 def _caption(text: str, name: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffctrl import settings as reading
+from diffctrl.drawing import prompts
 from diffctrl.drawing.choices import choose_device, first
 from diffctrl.drawing.kinds import FrameRule
 from diffctrl.drawing.source import ModelSource
@@ -154,6 +155,8 @@ class TrainPlan:
         """What decides latents and embeddings: encoded clips are used again where it is the same."""
         return {
             "model": self.source.name,
+            # A hub repository's files may not be here yet; its name stands for them.
+            "weights": self.source.weights().sha256 if self.source.folder is not None else None,
             "data": self.clips.identity(),
             "frames": self.frames,
             "height": self.clips.height,
@@ -233,7 +236,7 @@ def make(request: TrainRequest) -> TrainPlan:
         device=device,
         dtype=dtype,
         max_sequence_length=source.recommended().get("max_sequence_length"),
-        warnings=tuple(_warnings(source, latent_frames)),
+        warnings=(*_warnings(source, latent_frames), *_cut_captions(source, clips)),
     )
 
 
@@ -370,6 +373,14 @@ def _targets(
         raise BadRequestError(f"{source.name}: {error}") from None
     added = kind.joint if request.added is None else request.added
     return targets(model, added=added, cross=request.cross)
+
+
+def _cut_captions(source: ModelSource, clips: Source) -> list[str]:
+    if not isinstance(clips, ClipFolder):
+        return []
+    captions = [clip.caption for clip in clips.clips]
+    cut = prompts.unread(source, captions, source.recommended().get("max_sequence_length"))
+    return [f"{source.name} does not read to the end of {cut} of {len(captions)} captions"] if cut else []
 
 
 def _warnings(source: ModelSource, latent_frames: int) -> list[str]:

@@ -115,12 +115,14 @@ class DenseParts:
     Attributes:
         steps: at the beginning, as a number, or None where `fraction` says it.
         fraction: of the run, rounded up.
+        published: whether the fraction is a model's preset and not asked for: at most 2 steps of short runs.
         last_steps: at the end; None for 0, and 1 in short runs.
         blocks: at the model's input.
     """
 
     steps: int | None = None
     fraction: float = 0.0
+    published: bool = False
     last_steps: int | None = None
     blocks: int = 0
 
@@ -144,7 +146,7 @@ class DenseParts:
             return min(self.steps, total)
         # 0.24 * 50 is a little more than 12 in floating point.
         steps = math.ceil(self.fraction * total - 1e-9)
-        return min(steps, 2) if total <= _SHORT_RUN else steps
+        return min(steps, 2) if self.published and total <= _SHORT_RUN else steps
 
     def last(self, total: int) -> int:
         """Dense steps at its end."""

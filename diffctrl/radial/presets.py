@@ -90,6 +90,7 @@ def resolve(config: RadialConfig, known: Preset) -> tuple[Pattern, DenseParts]:
     dense = DenseParts(
         steps=config.dense_steps,
         fraction=known.fraction if config.dense_fraction is None else config.dense_fraction,
+        published=config.dense_fraction is None,
         last_steps=config.dense_last_steps,
         blocks=known.blocks if config.dense_blocks is None else config.dense_blocks,
     )

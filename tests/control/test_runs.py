@@ -12,14 +12,18 @@ from diffusers import (
     CogVideoXVideoToVideoPipeline,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanVideoToVideoPipeline,
 )
 from diffusers.hooks import apply_group_offloading
+from PIL import Image
 from torch import Tensor
 
 import diffctrl
 from diffctrl import CaptureSpec
 from diffctrl.processors import CaptureAttnProcessor, RadialAttnProcessor, SoftPAGAttnProcessor
 from tests.helpers import FixedScheduler, build, example, run
+from tests.length.models import wan
 from tests.pipelines import denoiser, flux_pipeline, generate, prompts, sd3_pipeline, sdxl_pipeline
 
 SPARSE: dict[str, Any] = {
@@ -91,6 +95,37 @@ def test_adapters_residuals_reach_a_twin_that_runs_by_itself() -> None:
     batched = controlled("batched")
     torch.testing.assert_close(controlled("sequential"), batched, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(batched, stock, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+)
+def test_dense_steps_of_wans_video_to_video_are_counted_from_its_start(scheduler: Any) -> None:
+    """The pipeline begins late and does not tell the scheduler, which could say so."""
+    parts = {name: part for name, part in wan().components.items() if name != "scheduler"}
+    parts = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "transformer")}
+    pipe = WanVideoToVideoPipeline(**parts, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    video = [Image.new("RGB", (32, 32), (10 * shade, 0, 0)) for shade in range(17)]
+    text = torch.randn(1, 32, pipe.text_encoder.config.d_model, generator=torch.Generator().manual_seed(0))
+    settings = {"block": 16, "dense_steps": 3, "dense_last_steps": 0, "dense_blocks": 0}
+    sparse: list[int] = []
+    with diffctrl.apply(pipe, RadialAttnProcessor(**settings)) as control:
+        context = control.contexts["transformer"]
+
+        def step_end(pipe: Any, step: int, time: Any, kept: Any) -> Any:
+            sparse.append(context.masked_forwards)
+            return kept
+
+        pipe(
+            video=video, prompt_embeds=text, height=32, width=32, num_inference_steps=10, strength=0.5,
+            guidance_scale=1.0, output_type="latent", callback_on_step_end=step_end,
+        )  # fmt: skip
+    assert sparse == [0, 0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("scheduler", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])

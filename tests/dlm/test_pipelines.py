@@ -176,6 +176,10 @@ def test_stop_words_cut_the_text_only(pipe):
     assert cut.texts[0] == whole.texts[0][: whole.texts[0].index(word)]
 
 
+def test_it_can_be_printed(pipe):
+    assert '"_class_name": "LLaDASparseDPipeline"' in repr(pipe)
+
+
 def test_saved_and_loaded_again(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = LLaDASparseDPipeline.from_pretrained(tmp_path, sparsed=CONFIG)

@@ -20,7 +20,7 @@ import diffctrl
 from diffctrl.errors import BadRequestError
 from diffctrl.length import MASK_FIELDS, at_work, read, tuned
 from diffctrl.pipelines import HunyuanVideoRadialPipeline, WanRadialPipeline
-from diffctrl.pipelines.length import LengthLoRAMixin, base_of, load_length_lora, unload_length_lora
+from diffctrl.pipelines.length import LengthLoRAMixin, adapted, base_of, load_length_lora, unload_length_lora
 from diffctrl.processors import RadialAttnProcessor, RadialConfig
 from tests.length.models import MASK, latents, lora_file, wan
 
@@ -191,6 +191,39 @@ def test_a_mask_of_other_settings_is_refused_or_warned_of(file: Path, caplog: An
     with caplog.at_level(logging.WARNING, logger="diffctrl"):
         pipe.load_length_lora(file, strict=False, decay_factor=0.5)
     assert "decay_factor=0.5" in caplog.text
+
+
+@pytest.mark.parametrize("setting", [{"block": 128}, {"adjacent": "full"}])
+def test_a_default_that_is_asked_for_is_another_mask_too(file: Path, caplog: Any, setting: Any) -> None:
+    """The LoRA's mask has blocks of 16 and sparse neighbours; only what is left out is taken from it."""
+    pipe = ready()
+    with pytest.raises(ValueError, match="leave these settings out"):
+        pipe.load_length_lora(file, **setting)
+    pipe.load_length_lora(file)
+    with pytest.raises(ValueError, match="leave these settings out"):
+        latents(pipe, **setting)
+    pipe.unload_length_lora()
+    pipe.set_attn_processor(RadialAttnProcessor(**setting))
+    with pytest.raises(ValueError, match="leave these settings out"):
+        pipe.load_length_lora(file, dense_steps=1)  # what was on is not forgotten
+    pipe.set_attn_processor(None)
+    with caplog.at_level(logging.WARNING, logger="diffctrl"):
+        pipe.load_length_lora(file, strict=False, **setting)
+    ((name, value),) = setting.items()
+    assert f"{name}={value!r}" in caplog.text
+    sites = adapted(pipe.transformer)
+    pattern, _, _ = pipe.control.controls[0]._settled(sites, 9, 1)
+    assert getattr(pattern, name) == value
+
+
+def test_a_call_says_its_dense_steps_in_its_own_way(file: Path) -> None:
+    pipe, stock = ready(), wan()
+    pipe.set_attn_processor(RadialAttnProcessor(dense_steps=2, block=16))
+    assert torch.equal(latents(pipe, dense_fraction=1.0), latents(stock))
+    assert pipe.control.controls[0].config.dense_steps == 2
+    pipe.load_length_lora(file, dense_last_steps=0)
+    config = pipe.control.controls[0].config
+    assert (config.dense_steps, config.dense_last_steps) == (2, 0)  # what was on is kept
 
 
 def test_a_dense_lora_has_no_mask(dense_file: Path) -> None:

@@ -534,10 +534,55 @@ def test_clips_of_a_folder_are_cut_from_the_middle(model: Path, tmp_path: Path) 
     assert plan_of(tmp_path / "o", model, data=tmp_path / "data", batch=1).clips.captions(0) == ["the second"]
 
 
+def test_clips_as_downloads_and_cameras_leave_them(model: Path, tmp_path: Path) -> None:
+    write_clips(tmp_path / "blobs", 1)
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a.mp4", "B.MP4", "._a.mp4"):  # links into a store, as the hub's downloads are
+        (data / name).symlink_to(tmp_path / "blobs" / "0.mp4")
+    (data / "a.txt").write_text("a circle", encoding="utf-8-sig")
+    (data / "B.txt").write_text("a star")
+    plan = plan_of(tmp_path / "o", model, data=data, batch=1)
+    assert sorted(clip.caption for clip in plan.clips.clips) == ["a circle", "a star"]
+    first = '{"file_name": "a.mp4", "caption": "a \u2028 ring"}'
+    lines = f'{first}\n{{"file_name": "B.MP4", "caption": "a star"}}'
+    (data / "metadata.jsonl").write_text(lines, encoding="utf-8-sig")
+    plan = plan_of(tmp_path / "o", model, data=data, batch=1)
+    assert [clip.caption for clip in plan.clips.clips] == ["a ring", "a star"]
+
+
+def test_captions_that_are_no_text_in_utf8(model: Path, tmp_path: Path) -> None:
+    write_clips(tmp_path, 1)
+    (tmp_path / "0.txt").write_bytes("ein gr\u00fcner Kreis".encode("latin-1"))
+    with pytest.raises(BadRequestError, match=r"0.txt is no text in UTF-8"):
+        plan_of(tmp_path / "out", model, data=tmp_path)
+
+
+def test_captions_that_the_model_does_not_read_whole_are_warned_of(model: Path, tmp_path: Path) -> None:
+    write_clips(tmp_path, 3)
+    (tmp_path / "1.txt").write_text("a red circle and " * 30)
+    plan = plan_of(tmp_path / "out", model, data=tmp_path)
+    assert any("does not read to the end of 1 of 3 captions" in warning for warning in plan.warnings)
+
+
+def test_other_weights_in_the_models_folder_are_another_training(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    plan = plan_of(tmp_path / "out", folder, steps=1)
+    train(plan)
+    trained = (tmp_path / "out" / "length-lora.safetensors").read_bytes()
+    wan(seed=7).save_pretrained(folder)
+    with pytest.raises(BadRequestError, match="the training in .* has weights"):
+        train(plan_of(tmp_path / "out", folder, steps=1))
+    assert (tmp_path / "out" / "length-lora.safetensors").read_bytes() == trained
+
+
 @pytest.mark.parametrize(
     ("index", "says"),
     [
         ("no json", r"line 1 is not"),
+        ('{"file_name": "0.mp4", "caption": null}', "line 1 is not"),
+        ('{"file_name": "0.mp4", "caption": ["a", "b"]}', "line 1 is not"),
         ('{"caption": "a"}', "line 1 is not"),
         ('{"file_name": "../1.mp4", "caption": "a"}', "not in the folder"),
         ('{"file_name": "0.mp4", "caption": " "}', "is empty"),

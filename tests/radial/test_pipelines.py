@@ -244,6 +244,8 @@ def test_estimates_of_real_models() -> None:
     assert found.attention_share == pytest.approx(0.95, abs=0.02)
     assert found.dense_share == pytest.approx(0.04)
     assert found.speed_up == pytest.approx(5.2, abs=0.4)
+    with pytest.raises(ValueError, match="0 steps are no run"):
+        RadialAttnProcessor().estimate(hunyuan, 720, 1280, 509, 0)
     slower = RadialAttnProcessor().estimate(hunyuan, 720, 1280, 509, 50, efficiency=0.7)
     assert slower.speed_up < found.speed_up
     experts = _real("WanTransformer3DModel", 8, 4, two=True, num_layers=4)

@@ -71,7 +71,10 @@ def test_dense_steps_of_runs() -> None:
         (12, 0),
     ]
     assert DenseParts(fraction=0.275).first(40) == 11
-    assert DenseParts(fraction=0.275).first(8) == 2
+    assert DenseParts(fraction=0.275, published=True).first(8) == 2
+    turns = preset("wan", frames=21, experts=2)  # 11 of 40
+    assert resolve(RadialConfig(), turns)[1].first(8) == 2
+    assert resolve(RadialConfig(dense_fraction=0.5), turns)[1].first(8) == 4  # asked for, it is no less
     assert DenseParts(steps=5).first(3) == 3
     assert [s for s in range(10) if not DenseParts(steps=2, last_steps=3).is_dense(s, 10)] == [2, 3, 4, 5, 6]
     assert DenseParts(steps=12, last_steps=0, blocks=1).share(50, 40) == pytest.approx(0.259)
