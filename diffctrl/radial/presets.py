@@ -13,7 +13,7 @@ NATIVE_FRAMES = {
     "hunyuan_video": 33,
     "hunyuan_video15": 31,
     "mochi": 28,
-    "cogvideox": 13,
+    "cogvideox": 21,  # of CogVideoX 1.5, in its patches of two; 1.0 was made for 13
     "ltx": 33,
 }
 # From this many times the native length on, a clip counts as extended.

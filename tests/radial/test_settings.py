@@ -52,6 +52,11 @@ def test_presets(
     assert (parts.first(50), parts.last(50), parts.blocks) == (dense, 0, blocks)
 
 
+def test_a_models_own_longest_clip_is_not_extended() -> None:
+    """CogVideoX 1.5 makes 161 frames, 42 latent ones, which it takes two by two."""
+    assert preset("cogvideox", frames=21) == preset("mochi", frames=28) != preset("cogvideox", frames=41)
+
+
 def test_a_setting_beats_the_preset() -> None:
     config = RadialConfig(decay_factor=0.5, sink=False, dense_steps=3, dense_blocks=4, block=64)
     made, parts = resolve(config, preset("wan", frames=21))
