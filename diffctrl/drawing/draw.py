@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from diffctrl.drawing.recipe import Recipe
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+
+    from diffctrl.control import ControlHandle
 
 # Called after each denoising step of any picture.
 OnStep = Callable[[], None]
@@ -55,12 +57,23 @@ def load(plan: Plan) -> Any:
 
 def draw(plan: Plan, pipe: Any, on_step: OnStep = lambda: None) -> Iterator[Drawn]:
     """Draw every seed of the plan, one at a time: a seed's picture does not depend on the others."""
+    first = _recipe(plan, pipe)
+    # A stock picture to compare with is drawn just before its own: no seed waits for those after it.
+    for seeds in [(seed,) for seed in plan.seeds] if plan.compare else [plan.seeds]:
+        stock = _one(plan, pipe, seeds[0], on_step) if plan.compare else None
+        with _controlled(plan, pipe) as (control, described):
+            for seed in seeds:
+                image = _one(plan, pipe, seed, on_step)
+                stats = {} if control is None else control.stats()
+                yield Drawn(image, stock, replace(first, seed=seed), described, stats)
+
+
+@contextmanager
+def _controlled(plan: Plan, pipe: Any) -> Iterator[tuple[ControlHandle | None, str]]:
+    """The plan's LoRA and controls on the pipeline, and both in words."""
     import diffctrl
 
-    stock = [_one(plan, pipe, seed, on_step) for seed in plan.seeds] if plan.compare else None
-    first = _recipe(plan, pipe)
-    recipes = [replace(first, seed=seed) for seed in plan.seeds]
-    words = []
+    words, control = [], None
     with ExitStack() as on:
         if plan.lora is not None:
             from diffctrl.pipelines.length import load_length_lora, unload_length_lora
@@ -68,15 +81,10 @@ def draw(plan: Plan, pipe: Any, on_step: OnStep = lambda: None) -> Iterator[Draw
             load_length_lora(pipe, plan.lora.name, mask=False)
             on.callback(unload_length_lora, pipe)
             words.append(f"lora {Path(plan.lora.name).stem}")
-        control = on.enter_context(diffctrl.apply(pipe, processors(plan.controls))) if plan.controls else None
-        if control is not None:
+        if plan.controls:
+            control = on.enter_context(diffctrl.apply(pipe, processors(plan.controls)))
             words = [each.describe() for each in control.controls] + words
-        described = " + ".join(words) or "stock"
-        for index, seed in enumerate(plan.seeds):
-            image = _one(plan, pipe, seed, on_step)
-            beside = stock[index] if stock else None
-            stats = {} if control is None else control.stats()
-            yield Drawn(image, beside, recipes[index], described, stats)
+        yield control, " + ".join(words) or "stock"
 
 
 def _one(plan: Plan, pipe: Any, seed: int, on_step: OnStep) -> Image | np.ndarray:

@@ -115,6 +115,21 @@ def test_compare_shows_both_pictures(generate, tmp_path):
         assert np.array_equal(_pixels(path)[12 : 12 + 384, left : left + 384], np.asarray(single))
 
 
+def test_what_was_compared_before_an_interrupt_is_there(generate, tmp_path, monkeypatch):
+    drawn, one = [], draw._one
+
+    def stops(*arguments):
+        drawn.append(1)
+        if len(drawn) == 4:  # the second seed's own picture, after its stock one
+            raise KeyboardInterrupt
+        return one(*arguments)
+
+    monkeypatch.setattr(draw, "_one", stops)
+    done = generate("a red star", "--method", "softpag", "--compare", "--num", "3")
+    assert done.exit_code == 130
+    assert str(_only(tmp_path / "out")) in done.stdout.replace("\n", "")
+
+
 def test_prompt_never_becomes_a_path(generate, tmp_path):
     done = generate("../../../evil/name\x1b[31m")
     assert done.exit_code == 0
