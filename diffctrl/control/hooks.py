@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,14 +44,6 @@ class _Memory:
         self._run, self._step, self._kept = None, -1, {}
 
 
-@dataclass(slots=True)
-class Run:
-    """Where the run of a scheduler that does not say so began; denoisers that take turns share it."""
-
-    timesteps: Any = None
-    first_step: int = 0
-
-
 class ContextHook:
     """Forward hooks of one model. They run eagerly, outside the blocks that a user compiles."""
 
@@ -63,14 +55,13 @@ class ContextHook:
         pipe: Any,
         scheduler: Any,
         batch_layout: BatchLayout | None,
-        run: Run,
     ) -> None:
         self._family, self._sites, self._context = family, sites, context
         # Looked up each time: a pipeline's scheduler may be replaced while the control is on.
         self._scheduler: Callable[[], Any] = lambda: (
             scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
         )
-        self._run = run
+        self._run: tuple[Any, int] = (None, 0)  # the schedule, and the step that its run began with
         self._names = PassName()
         self._passes = Passes(family, pipe, self._scheduler, batch_layout, self._names)
         self._publisher = Publisher(sites, family)
@@ -149,12 +140,11 @@ class ContextHook:
             return begin
         # Not said by DDIM and the like, nor by Wan's video-to-video: where a new schedule is first seen,
         # unless the control came when the run was under way.
-        run, timesteps, step = self._run, getattr(scheduler, "timesteps", None), step or 0
-        if timesteps is not run.timesteps or step < run.first_step:
-            run.timesteps, run.first_step = timesteps, step
-            if getattr(scheduler, "step_index", None) is not None:
-                run.first_step = 0
-        return run.first_step
+        timesteps, step = getattr(scheduler, "timesteps", None), step or 0
+        if timesteps is not self._run[0] or step < self._run[1]:
+            under_way = getattr(scheduler, "step_index", None) is not None
+            self._run = timesteps, 0 if under_way else step
+        return self._run[1]
 
     def _active_guidance(self, controls: Sequence[Control]) -> Guidance | None:
         context = self._context

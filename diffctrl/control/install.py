@@ -11,7 +11,7 @@ from torch import nn
 from diffctrl.control.blocks import around_block, block_name
 from diffctrl.control.context import BatchLayout, Context
 from diffctrl.control.control import Control, check_composition, check_control
-from diffctrl.control.hooks import ContextHook, Run
+from diffctrl.control.hooks import ContextHook
 from diffctrl.families import Site, family_of
 from diffctrl.families.text import is_text_model
 
@@ -64,7 +64,6 @@ class _Attachment:
         scheduler: Any,
         batch_layout: BatchLayout | None,
         experts: int,
-        run: Run,
     ) -> None:
         if any(_SITE in vars(module) for module in model.modules()):
             raise RuntimeError(
@@ -75,7 +74,7 @@ class _Attachment:
         self.family = family_of(model)
         self.sites: list[Site] = self.family.sites(model)
         self.context = Context(name, {site.name: site for site in self.sites}, experts=experts)
-        self._hook = ContextHook(self.family, self.sites, self.context, pipe, scheduler, batch_layout, run)
+        self._hook = ContextHook(self.family, self.sites, self.context, pipe, scheduler, batch_layout)
         self._bound: list[tuple[Site, Any]] = []
         self._installed: list[tuple[Site, Any]] = []
         self._block_hooks: list[Any] = []
@@ -234,10 +233,9 @@ class ControlHandle:
 
 def _open(target: Any, scheduler: Any, batch_layout: BatchLayout | None) -> list[_Attachment]:
     pipe = None if isinstance(target, nn.Module) else target
-    models, run = denoisers(target), Run()
+    models = denoisers(target)
     return [
-        _Attachment(name, model, pipe, scheduler, batch_layout, len(models), run)
-        for name, model in models.items()
+        _Attachment(name, model, pipe, scheduler, batch_layout, len(models)) for name, model in models.items()
     ]
 
 

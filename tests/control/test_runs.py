@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,9 @@ from tests.pipelines import denoiser, flux_pipeline, generate, prompts, sd3_pipe
 SPARSE: dict[str, Any] = {
     "dense_steps": 0, "dense_last_steps": 0, "dense_blocks": 0, "block": 8, "decay_factor": 0.06,
 }  # fmt: skip
+
+
+WAN_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
 
 
 def guided(mode: str = "batched") -> SoftPAGAttnProcessor:
@@ -97,6 +101,17 @@ def test_adapters_residuals_reach_a_twin_that_runs_by_itself() -> None:
     assert not torch.allclose(batched, stock, atol=1e-2)
 
 
+def _video_to_video(scheduler: Any) -> Any:
+    """A call of Wan's pipeline (`func`), which does not tell the scheduler where a run begins."""
+    parts = {name: part for name, part in wan().components.items() if name in WAN_PARTS}
+    pipe = WanVideoToVideoPipeline(**parts, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    video = [Image.new("RGB", (32, 32), (10 * shade, 0, 0)) for shade in range(17)]
+    text = torch.randn(1, 32, pipe.text_encoder.config.d_model, generator=torch.Generator().manual_seed(0))
+    given = {"video": video, "prompt_embeds": text, "height": 32, "width": 32}
+    return partial(pipe, **given, guidance_scale=1.0, output_type="latent")
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -106,26 +121,33 @@ def test_adapters_residuals_reach_a_twin_that_runs_by_itself() -> None:
 )
 def test_dense_steps_of_wans_video_to_video_are_counted_from_its_start(scheduler: Any) -> None:
     """The pipeline begins late and does not tell the scheduler, which could say so."""
-    parts = {name: part for name, part in wan().components.items() if name != "scheduler"}
-    parts = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "transformer")}
-    pipe = WanVideoToVideoPipeline(**parts, scheduler=scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    video = [Image.new("RGB", (32, 32), (10 * shade, 0, 0)) for shade in range(17)]
-    text = torch.randn(1, 32, pipe.text_encoder.config.d_model, generator=torch.Generator().manual_seed(0))
+    pipe = _video_to_video(scheduler)
     settings = {"block": 16, "dense_steps": 3, "dense_last_steps": 0, "dense_blocks": 0}
     sparse: list[int] = []
-    with diffctrl.apply(pipe, RadialAttnProcessor(**settings)) as control:
+    with diffctrl.apply(pipe.func, RadialAttnProcessor(**settings)) as control:
         context = control.contexts["transformer"]
 
         def step_end(pipe: Any, step: int, time: Any, kept: Any) -> Any:
             sparse.append(context.masked_forwards)
             return kept
 
-        pipe(
-            video=video, prompt_embeds=text, height=32, width=32, num_inference_steps=10, strength=0.5,
-            guidance_scale=1.0, output_type="latent", callback_on_step_end=step_end,
-        )  # fmt: skip
+        pipe(num_inference_steps=10, strength=0.5, callback_on_step_end=step_end)
     assert sparse == [0, 0, 0, 1, 2]
+
+
+def test_dense_steps_of_a_control_that_comes_under_way_are_the_runs() -> None:
+    """Where the run began is not said, but that steps were made."""
+    seen: list[Any] = []
+
+    def step_end(pipe: Any, step: int, time: Any, kept: Any) -> Any:
+        if step == 1:
+            settings = {"block": 16, "dense_steps": 3, "dense_last_steps": 0, "dense_blocks": 0}
+            seen.append(diffctrl.apply(pipe, RadialAttnProcessor(**settings)).contexts["transformer"])
+        return kept
+
+    _video_to_video(FlowMatchEulerDiscreteScheduler(shift=3.0))(num_inference_steps=6, strength=1.0,
+                                                               callback_on_step_end=step_end)  # fmt: skip
+    assert seen[0].masked_forwards == 3  # steps 3, 4 and 5; step 2 is dense
 
 
 @pytest.mark.parametrize("scheduler", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
