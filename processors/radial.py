@@ -49,8 +49,8 @@ class RadialAttnProcessor(ControlAttnProcessor):
         super().__init__()
         config = config or RadialConfig()
         self.config = replace(config, **settings) if settings else config
-        # A default that was asked for is no setting left to a length LoRA.
-        self._given = frozenset(settings)
+        # A default that was asked for is no setting left to a length LoRA; None asks for nothing.
+        self._given = frozenset(name for name, value in settings.items() if value is not None)
 
     def changed(self, **settings: Any) -> RadialAttnProcessor:
         """Another processor with these settings changed, what else was asked for kept."""

@@ -216,6 +216,13 @@ def test_a_default_that_is_asked_for_is_another_mask_too(file: Path, caplog: Any
     assert getattr(pattern, name) == value
 
 
+def test_none_leaves_a_setting_to_the_lora(file: Path) -> None:
+    pipe, other = ready(), ready()
+    pipe.load_length_lora(file, block_rule=None, decay_factor=None, dense_steps=None, dense_last_steps=0)
+    other.load_length_lora(file, dense_last_steps=0)
+    assert torch.equal(latents(pipe), latents(other))
+
+
 def test_a_call_says_its_dense_steps_in_its_own_way(file: Path) -> None:
     pipe, stock = ready(), wan()
     pipe.set_attn_processor(RadialAttnProcessor(dense_steps=2, block=16))
