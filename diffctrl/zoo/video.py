@@ -24,7 +24,7 @@ VIDEO_WEIGHT_NAMES = ("vae", "transformer", "text_encoder")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSize:
-    """The numbers that a smaller model for tests may change; the defaults: `shapes-wan` in training.
+    """The numbers that a smaller model for tests may change; `shapes-wan` trained with the defaults.
 
     Args:
         pixels: side of a frame, a multiple of 16.
